@@ -1,0 +1,127 @@
+"""What the model calls for attention, and what an attention implementation must offer."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class LayerAttention(Protocol):
+    """Stores this step's keys and values of one layer and attends. Models call nothing else."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend for one layer.
+
+        Parameters
+        ----------
+        q : ``[T, Hq, D]``, after RoPE
+        k, v : ``[T, Hkv, D]``, ``k`` after RoPE
+
+        Returns
+        -------
+        ``[T, Hq * D]`` in the dtype of ``q``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Static sizes every backend needs."""
+
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def rows(self) -> int:
+        """(layer, KV head) pairs; row = layer * num_kv_heads + head."""
+        return self.num_layers * self.num_kv_heads
+
+    @property
+    def scale(self) -> float:
+        return 1.0 / math.sqrt(self.head_dim)
+
+
+@dataclass(frozen=True)
+class SlotLists:
+    """For a group of requests, the slots each (layer, KV head) attends to.
+
+    ``arena[start : start + length]`` lists the slots of one (request, layer, head), positions
+    ascending. During a step the lists already contain the slots of the step's own tokens.
+
+    Attributes
+    ----------
+    arena : int32 ``[A]``
+    start : int64 ``[B, L, Hkv]``
+    length : int32 ``[B, L, Hkv]``
+    """
+
+    arena: Tensor
+    start: Tensor
+    length: Tensor
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """A run of consecutive prompt tokens of one request.
+
+    Attributes
+    ----------
+    token_start, num_tokens : the chunk's place on the step's flat token axis
+    position : absolute position of its first token
+    index : the request's place in ``StepLists.prefill``
+    uniform_length : list length shared by all rows, chunk included; None when rows are ragged
+    """
+
+    token_start: int
+    num_tokens: int
+    position: int
+    index: int
+    uniform_length: int | None
+
+
+@dataclass(frozen=True)
+class AttentionStep:
+    """One forward pass as attention sees it: decode tokens first, then prefill chunks.
+
+    Attributes
+    ----------
+    num_decode : tokens ``[0, num_decode)`` are one new token of one request each
+    decode : their lists, or None
+    chunks : prefill chunks, in token order
+    prefill : lists of the chunks' requests, or None
+    new_slots : int32 ``[L, T, Hkv]``, where each token's K and V go
+    """
+
+    num_decode: int
+    decode: SlotLists | None
+    chunks: Sequence[PrefillChunk]
+    prefill: SlotLists | None
+    new_slots: Tensor
+
+
+class AttentionBackend(ABC):
+    """Attention over slot lists. One instance serves all layers of one model."""
+
+    def __init__(self, shape: AttentionShape, kv: Tensor) -> None:
+        """``kv``: the slot pool's storage, ``[num_slots, 2, D]``."""
+        self.shape = shape
+        self.kv = kv
+
+    @abstractmethod
+    def begin(self, step: AttentionStep) -> LayerAttention:
+        """Prepare one forward pass and return what the model calls in each layer."""

@@ -1,0 +1,127 @@
+"""Slot lists of a run of tokens: what a radix node holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadSlots:
+    """For every (layer, KV head) row, the slots kept of the tokens ``[begin, end)``.
+
+    A CSR matrix whose row lengths live on the host. Lists are ascending in position, the same
+    order in every row. A row of length ``end - begin`` is complete.
+
+    Attributes
+    ----------
+    begin, end : absolute token positions covered
+    lengths : int64 ``[rows]``, on the host
+    positions, slots : int32 ``[sum(lengths)]``, row after row, on the device
+    """
+
+    begin: int
+    end: int
+    lengths: NDArray[np.int64]
+    positions: Tensor
+    slots: Tensor
+
+    @staticmethod
+    def full(begin: int, slots: Tensor) -> HeadSlots:
+        """Every token of every row: ``slots`` is int32 ``[rows, tokens]``."""
+        rows, tokens = slots.shape
+        positions = torch.arange(begin, begin + tokens, dtype=torch.int32, device=slots.device)
+        return HeadSlots(
+            begin=begin,
+            end=begin + tokens,
+            lengths=np.full(rows, tokens, dtype=np.int64),
+            positions=positions.repeat(rows),
+            slots=slots.reshape(-1),
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[HeadSlots]) -> HeadSlots:
+        """Join runs of tokens that follow one another."""
+        if len(parts) == 1:
+            return parts[0]
+        for left, right in zip(parts, parts[1:], strict=False):
+            if left.end != right.begin:
+                raise ValueError(f"runs do not meet: {left.end} != {right.begin}")
+        lengths = np.sum([p.lengths for p in parts], axis=0)
+        if all(p.is_full for p in parts):
+            slots = torch.cat([p.dense() for p in parts], dim=1)
+            return HeadSlots.full(parts[0].begin, slots)
+        pieces = [p.split_rows() for p in parts]
+        order = [piece for row in zip(*pieces, strict=True) for piece in row]
+        return HeadSlots(
+            begin=parts[0].begin,
+            end=parts[-1].end,
+            lengths=lengths,
+            positions=torch.cat([positions for positions, _ in order]),
+            slots=torch.cat([slots for _, slots in order]),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.slots.numel())
+
+    @property
+    def is_full(self) -> bool:
+        """Every row holds every token."""
+        return self.num_slots == self.num_tokens * len(self.lengths)
+
+    @property
+    def indptr(self) -> NDArray[np.int64]:
+        """Row offsets, ``[rows + 1]``."""
+        return np.concatenate([[0], np.cumsum(self.lengths)])
+
+    def dense(self) -> Tensor:
+        """The slots as ``[rows, tokens]``; only for complete rows."""
+        return self.slots.view(len(self.lengths), self.num_tokens)
+
+    def split_rows(self) -> list[tuple[Tensor, Tensor]]:
+        """(positions, slots) of each row, as views."""
+        sizes = self.lengths.tolist()
+        return list(
+            zip(torch.split(self.positions, sizes), torch.split(self.slots, sizes), strict=True)
+        )
+
+    def split(self, position: int) -> tuple[HeadSlots, HeadSlots]:
+        """Cut into the tokens before ``position`` and the rest.
+
+        Complete rows are cut from host knowledge. Pruned ones read positions from the device.
+        """
+        if not self.begin <= position <= self.end:
+            raise ValueError(f"cannot split [{self.begin}, {self.end}) at {position}")
+        if self.is_full:
+            slots = self.dense()
+            cut = position - self.begin
+            return (
+                HeadSlots.full(self.begin, slots[:, :cut]),
+                HeadSlots.full(position, slots[:, cut:]),
+            )
+        before = self.positions < position
+        row_of = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        host_before = before.cpu().numpy()
+        head_lengths = np.bincount(row_of[host_before], minlength=len(self.lengths))
+        return (
+            HeadSlots(
+                self.begin, position, head_lengths, self.positions[before], self.slots[before]
+            ),
+            HeadSlots(
+                position,
+                self.end,
+                self.lengths - head_lengths,
+                self.positions[~before],
+                self.slots[~before],
+            ),
+        )

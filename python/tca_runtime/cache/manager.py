@@ -1,0 +1,185 @@
+"""Slot pool, radix tree and views behind one door: the cache as the scheduler knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tca_runtime.cache.head_slots import HeadSlots
+from tca_runtime.cache.radix_tree import PrefixMatch, RadixTree, Tokens
+from tca_runtime.cache.sequence import Sequence
+from tca_runtime.cache.slot_pool import SlotPool
+from tca_runtime.cache.views import ViewTable
+
+# Slots for generated tokens are taken this many tokens at a time: one allocation and one write
+# into the view per block instead of per step.
+DECODE_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class CacheUsage:
+    """Where the slots are. ``full_equivalent`` is what a full cache of the same tokens needs."""
+
+    total_slots: int
+    free_slots: int
+    tree_slots: int
+    running_slots: int
+    cached_tokens: int
+    full_equivalent_slots: int
+
+
+class CacheManager:
+    """Gives requests their slots and shares prefixes between them.
+
+    Slots move in one circle: pool -> sequence (``extend``) -> tree (``commit``, ``release``)
+    -> pool (eviction). Slots of a sequence are freed in one place, ``release``.
+
+    Parameters
+    ----------
+    share_prefixes : False disables the tree; every request then computes its whole prompt
+    """
+
+    def __init__(self, pool: SlotPool, views: ViewTable, share_prefixes: bool = True) -> None:
+        self.pool = pool
+        self.views = views
+        self.tree = RadixTree()
+        self.share_prefixes = share_prefixes
+        self.evicted_slots = 0
+        self._running: set[Sequence] = set()
+
+    @property
+    def rows(self) -> int:
+        """Slots per token of a full cache."""
+        return self.views.rows
+
+    @property
+    def available_tokens(self) -> int:
+        """Tokens that fit after evicting all that is unlocked."""
+        return (self.pool.num_free + self.tree.evictable_slots) // self.rows
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.pool.capacity // self.rows
+
+    def match(self, namespace: str, tokens: Tokens) -> PrefixMatch:
+        """Look up the longest cached prefix; changes nothing."""
+        return self.tree.match(namespace, tokens if self.share_prefixes else tokens[:0])
+
+    def begin(self, match: PrefixMatch, headroom: int) -> Sequence | None:
+        """Lock a prefix for a request and open its view with room for ``headroom`` tokens.
+
+        None when the view table has no room; nothing is changed then.
+        """
+        handle = self.tree.lock(match)
+        view = self.views.open(self.tree.slots_of(handle), headroom)
+        if view is None:
+            self.tree.unlock(handle)
+            return None
+        sequence = Sequence(handle, view, computed=handle.num_tokens)
+        self._running.add(sequence)
+        return sequence
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> Tensor:
+        """Take slots for the next prompt tokens and show them: int32 ``[rows, num_tokens]``."""
+        slots = self._take(sequence, num_tokens)
+        index = torch.tensor([sequence.view.index], device=self.views.arena.device)
+        self.views.advance([sequence.view], index, num_tokens)
+        sequence.computed += num_tokens
+        return slots
+
+    def can_decode(self, sequences: Many[Sequence]) -> bool:
+        """Whether each sequence can grow by one token, evicting if need be."""
+        needy = sum(not s.view.prepared for s in sequences)
+        return needy <= self.available_tokens
+
+    def step(self, sequences: Many[Sequence], indices: Tensor) -> None:
+        """Show one more slot per sequence; ``indices`` are the rows of their views.
+
+        Call only after ``can_decode``.
+        """
+        needy = [s for s in sequences if not s.view.prepared]
+        for i, sequence in enumerate(needy):
+            fair = self.available_tokens // (len(needy) - i)
+            self._take(sequence, max(1, min(DECODE_BLOCK, sequence.view.headroom, fair)))
+        self.views.advance([s.view for s in sequences], indices, 1)
+        for sequence in sequences:
+            sequence.computed += 1
+
+    def commit(self, namespace: str, sequence: Sequence, tokens: Tokens) -> None:
+        """Put the computed tokens into the tree while the request runs on.
+
+        ``tokens`` are the request's first ``sequence.computed`` ids. The view is unchanged: where
+        another request was first, this one keeps reading its own copies.
+        """
+        if not self.share_prefixes or sequence.computed == sequence.handle.num_tokens:
+            return
+        if sequence.allocated != sequence.computed:
+            raise ValueError("commit between a block's tokens")
+        value = HeadSlots.full(sequence.handle.num_tokens, torch.cat(sequence.blocks, dim=1))
+        sequence.duplicates += self.tree.insert(namespace, tokens, value)
+        sequence.blocks = []
+        old = sequence.handle
+        sequence.handle = self.tree.lock(self.tree.match(namespace, tokens))
+        self.tree.unlock(old)
+
+    def release(self, namespace: str, sequence: Sequence, tokens: Tokens) -> None:
+        """End a sequence: its computed tokens go to the tree, all other slots to the pool.
+
+        ``tokens``: the request's first ``sequence.computed`` ids; pass none to cache nothing.
+        """
+        begin = sequence.handle.num_tokens
+        if sequence.blocks:
+            owned = HeadSlots.full(begin, torch.cat(sequence.blocks, dim=1))
+            keep = len(tokens) if self.share_prefixes else 0
+            kept, spare = owned.split(max(keep, begin))
+            if kept.num_tokens:
+                sequence.duplicates += self.tree.insert(namespace, tokens, kept)
+            self.pool.free(spare.slots)
+        for part in sequence.duplicates:
+            self.pool.free(part.slots)
+        self.tree.unlock(sequence.handle)
+        self.views.close(sequence.view)
+        self._running.remove(sequence)
+
+    def flush(self) -> None:
+        """Drop every unlocked prefix."""
+        self._evict(self.tree.evictable_slots)
+
+    def usage(self) -> CacheUsage:
+        return CacheUsage(
+            total_slots=self.pool.capacity,
+            free_slots=self.pool.num_free,
+            tree_slots=self.tree.num_slots,
+            running_slots=sum(s.owned_slots for s in self._running),
+            cached_tokens=self.tree.num_tokens,
+            full_equivalent_slots=self.tree.num_tokens * self.rows,
+        )
+
+    def check(self) -> None:
+        """Raise AssertionError when a slot is lost, owned twice, or a counter is off."""
+        self.tree.check()
+        usage = self.usage()
+        found = usage.free_slots + usage.tree_slots + usage.running_slots
+        assert found == usage.total_slots, f"slots lost or doubled: {usage}"
+        owned = [self.pool.free_slots(), *(node.slots.slots for node in self.tree.nodes())]
+        for sequence in self._running:
+            owned += [block.reshape(-1) for block in sequence.blocks]
+            owned += [part.slots for part in sequence.duplicates]
+        counts = torch.bincount(torch.cat(owned), minlength=self.pool.capacity + 1)
+        assert bool((counts[1:] == 1).all()), "a slot has two owners or none"
+
+    def _take(self, sequence: Sequence, num_tokens: int) -> Tensor:
+        count = num_tokens * self.rows
+        self._evict(count - self.pool.num_free)
+        slots = self.pool.allocate(count).view(self.rows, num_tokens)
+        sequence.blocks.append(slots)
+        self.views.prepare(sequence.view, slots)
+        return slots
+
+    def _evict(self, num_slots: int) -> None:
+        for removed in self.tree.evict(num_slots):
+            self.pool.free(removed.slots)
+            self.evicted_slots += removed.num_slots

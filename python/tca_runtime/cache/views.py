@@ -1,0 +1,147 @@
+"""The slot lists that running requests attend to, laid out for the attention kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tca_runtime.attention.base import SlotLists
+from tca_runtime.cache.head_slots import HeadSlots
+from tca_runtime.cache.segments import SegmentAllocator
+
+
+class View:
+    """One request's slot lists: per row ``lengths + grown`` visible entries.
+
+    Lengths differ between rows only by what selection dropped when the view was opened; from
+    then on every row grows alike, so one host integer follows them all.
+
+    Attributes
+    ----------
+    index : the request's row in the device tables
+    lengths : int64 ``[rows]``, entries the view was opened with
+    grown : entries made visible since
+    prepared : entries written but not yet visible
+    headroom : entries that still fit, prepared ones included
+    """
+
+    def __init__(
+        self, index: int, offset: int, size: int, lengths: NDArray[np.int64], headroom: int
+    ) -> None:
+        self.index = index
+        self.offset = offset
+        self.size = size
+        self.lengths = lengths
+        self.headroom = headroom
+        self.grown = 0
+        self.prepared = 0
+
+    @property
+    def uniform_length(self) -> int | None:
+        """Visible entries per row, or None when rows differ."""
+        first = int(self.lengths[0])
+        return first + self.grown if bool((self.lengths == first).all()) else None
+
+
+class ViewTable:
+    """All views in one int32 arena, with start and length per (request, row) on the device.
+
+    The last table row belongs to no request: captured graphs pad their batch with it, and it
+    lists slot 0 alone.
+
+    Parameters
+    ----------
+    max_requests : views that can be open at once
+    num_layers, num_kv_heads : a row is (layer, head)
+    capacity : arena entries
+    """
+
+    def __init__(
+        self,
+        max_requests: int,
+        num_layers: int,
+        num_kv_heads: int,
+        capacity: int,
+        device: torch.device,
+    ) -> None:
+        self.num_layers = num_layers
+        self.num_kv_heads = num_kv_heads
+        self.rows = num_layers * num_kv_heads
+        self.padding_index = max_requests
+        self.arena = torch.zeros(capacity + 1, dtype=torch.int32, device=device)
+        self.start = torch.full((max_requests + 1, self.rows), capacity, device=device)
+        self.length = torch.ones(max_requests + 1, self.rows, dtype=torch.int32, device=device)
+        self._segments = SegmentAllocator(capacity)
+        self._indices = list(range(max_requests - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Arena entries not in use."""
+        return self._segments.num_free
+
+    def open(self, parts: Sequence[HeadSlots], headroom: int) -> View | None:
+        """Lay out consecutive runs of tokens; None when the arena or the table is full."""
+        lengths = np.zeros(self.rows, dtype=np.int64)
+        for part in parts:
+            lengths += part.lengths
+        size = int(lengths.sum()) + headroom * self.rows
+        if not self._indices or (offset := self._segments.allocate(size)) is None:
+            return None
+        view = View(self._indices.pop(), offset, size, lengths, headroom)
+        start = np.zeros(self.rows, dtype=np.int64)
+        np.cumsum(lengths[:-1] + headroom, out=start[1:])
+        start += offset
+        device = self.arena.device
+        self.start[view.index] = torch.from_numpy(start).to(device)
+        self.length[view.index] = torch.from_numpy(lengths.astype(np.int32)).to(device)
+        for part in parts:
+            self._copy(part, start)
+            start += part.lengths
+        return view
+
+    def close(self, view: View) -> None:
+        self._segments.free(view.offset, view.size)
+        self._indices.append(view.index)
+
+    def prepare(self, view: View, slots: Tensor) -> None:
+        """Write ``slots`` (int32 ``[rows, n]``) behind every list without showing them yet."""
+        count = slots.shape[1]
+        if count > view.headroom - view.prepared:
+            raise ValueError(f"{count} entries do not fit a headroom of {view.headroom}")
+        tail = self.start[view.index] + self.length[view.index] + view.prepared
+        steps = torch.arange(count, device=self.arena.device)
+        self.arena[tail[:, None] + steps] = slots
+        view.prepared += count
+
+    def advance(self, views: Sequence[View], indices: Tensor, count: int) -> None:
+        """Show the next ``count`` prepared entries of each view (``indices``: their rows)."""
+        self.length[indices] += count
+        for view in views:
+            view.grown += count
+            view.prepared -= count
+            view.headroom -= count
+
+    def lists(self, indices: Tensor) -> SlotLists:
+        """Lists of the requests at ``indices`` (int64 ``[B]``), as attention takes them."""
+        shape = (len(indices), self.num_layers, self.num_kv_heads)
+        return SlotLists(
+            arena=self.arena,
+            start=self.start[indices].view(shape),
+            length=self.length[indices].view(shape),
+        )
+
+    def last_slots(self, lists: SlotLists) -> Tensor:
+        """The slot at the end of every list: int32 ``[B, L, Hkv]``."""
+        return self.arena[lists.start + (lists.length - 1)]
+
+    def _copy(self, part: HeadSlots, start: NDArray[np.int64]) -> None:
+        device = self.arena.device
+        shift = torch.from_numpy(start - part.indptr[:-1]).to(device)
+        lengths = torch.from_numpy(part.lengths).to(device)
+        total = part.num_slots
+        target = torch.repeat_interleave(shift, lengths, output_size=total)
+        self.arena[target + torch.arange(total, device=device)] = part.slots

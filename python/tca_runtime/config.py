@@ -1,0 +1,157 @@
+"""Start-up settings: one frozen dataclass per concern. The CLI is built from their fields."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def _option(default: Any, help: str, *, choices: Sequence[str] = ()) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Which model, and how it is loaded."""
+
+    model_path: str = _option(
+        DEFAULT_MODEL, "a known model's name, a Hugging Face directory, or a GGUF file"
+    )
+    tokenizer_path: str | None = _option(None, "directory of the tokenizer, if not the model's")
+    served_model_name: str | None = _option(None, "name shown to clients")
+    dtype: str = _option(
+        "auto", "weights and KV cache", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    device: str = _option("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    load_format: str = _option(
+        "auto", "'dummy' takes a config and random weights", choices=("auto", "dummy")
+    )
+    model_config: str | None = _option(
+        None, "named shape for --load-format dummy, e.g. llama-3.1-8b"
+    )
+    context_length: int | None = _option(None, "longest prompt + output, if not the model's")
+    chat_template: str | None = _option(None, "file with a Jinja chat template")
+
+
+@dataclass(frozen=True)
+class CacheArgs:
+    """Memory of the KV cache."""
+
+    max_total_tokens: int | None = _option(
+        None, "capacity of the slot pool, in tokens of a full cache"
+    )
+    mem_fraction: float = _option(
+        0.85, "share of free device memory for weights + KV (CPU: see docs)"
+    )
+    disable_radix_cache: bool = _option(False, "never share a prefix")
+
+
+@dataclass(frozen=True)
+class SchedulerArgs:
+    """Batching and admission."""
+
+    max_running_requests: int = _option(64, "requests that decode together")
+    max_queued_requests: int = _option(4096, "waiting requests before 503")
+    chunked_prefill_size: int = _option(2048, "prompt tokens computed per step at most")
+    schedule_policy: str = _option(
+        "lpm", "order of admission: longest prefix match or arrival", choices=("lpm", "fcfs")
+    )
+    mixed_batches: bool = _option(True, "decode running requests in the steps that prefill")
+    random_seed: int | None = _option(None, "seed of the seeds drawn for unseeded requests")
+
+
+@dataclass(frozen=True)
+class AttentionArgs:
+    """Kernels."""
+
+    attention_backend: str = _option(
+        "auto", "attention implementation", choices=("auto", "torch", "cpu", "flashinfer", "triton")
+    )
+
+
+@dataclass(frozen=True)
+class SparsityArgs:
+    """TCA-Attention."""
+
+    disable_tca: bool = _option(False, "plain full attention")
+    tca_config: str | None = _option(
+        None, "calibration file, or 'uniform:RATIO'; known models have one by default"
+    )
+
+
+@dataclass(frozen=True)
+class ServerArgs:
+    """HTTP."""
+
+    host: str = _option("127.0.0.1", "address to listen on")
+    port: int = _option(30000, "port to listen on")
+    api_key: str | None = _option(None, "bearer token that clients must send")
+    log_level: str = _option("info", "verbosity", choices=("debug", "info", "warning", "error"))
+    max_body_bytes: int = _option(64 << 20, "largest accepted request body")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """All settings of one server."""
+
+    model: ModelArgs = ModelArgs()
+    cache: CacheArgs = CacheArgs()
+    scheduler: SchedulerArgs = SchedulerArgs()
+    attention: AttentionArgs = AttentionArgs()
+    sparsity: SparsityArgs = SparsityArgs()
+    server: ServerArgs = ServerArgs()
+
+
+def parse_args(argv: Sequence[str] | None = None) -> RuntimeConfig:
+    """Build the configuration from command-line flags.
+
+    Raises
+    ------
+    SystemExit
+        On an unknown flag or a value of the wrong type, with argparse's message.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tca_runtime.launch_server",
+        description="Serve a language model with a per-head sparse, prefix-shared KV cache.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    groups: dict[str, type[Any]] = {
+        name: cls for name, cls in get_type_hints(RuntimeConfig).items()
+    }
+    for name, cls in groups.items():
+        _add_group(parser.add_argument_group(name, cls.__doc__), cls)
+    values = vars(parser.parse_args(argv))
+    return RuntimeConfig(
+        **{
+            name: cls(**{f.name: values[f.name] for f in fields(cls)})
+            for name, cls in groups.items()
+        }
+    )
+
+
+def _add_group(group: Any, cls: type[Any]) -> None:
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        flag = "--" + f.name.replace("_", "-")
+        hint = hints[f.name]
+        if hint is bool:
+            group.add_argument(
+                flag,
+                action=argparse.BooleanOptionalAction,
+                default=f.default,
+                help=f.metadata["help"],
+            )
+            continue
+        base = next((t for t in get_args(hint) if t is not type(None)), hint)
+        group.add_argument(
+            flag,
+            type=base,
+            default=f.default,
+            choices=f.metadata["choices"] or None,
+            help=f.metadata["help"],
+        )

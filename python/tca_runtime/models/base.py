@@ -1,0 +1,31 @@
+"""The face every model shows to the engine."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from tca_runtime.attention.base import LayerAttention
+
+
+class CausalLM(Protocol):
+    """A decoder-only language model without a cache of its own."""
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> Tensor:
+        """Run all layers over a flat batch of tokens.
+
+        Parameters
+        ----------
+        input_ids, positions : int64 ``[T]``
+        attention : stores K/V and attends, once per layer, in layer order
+
+        Returns
+        -------
+        Hidden states ``[T, hidden]`` after the final norm.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project ``[N, hidden]`` to float32 ``[N, vocab]``."""
+        ...

@@ -1,0 +1,210 @@
+"""The cache against a naive model: every token's value must stay readable where it was put."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tca_runtime.cache.manager import CacheManager
+from tca_runtime.cache.sequence import Sequence
+from tca_runtime.cache.slot_pool import OutOfSlotsError, SlotPool
+from tca_runtime.cache.views import ViewTable
+
+LAYERS, HEADS, CAPACITY = 2, 2, 60
+ROWS = LAYERS * HEADS
+CPU = torch.device("cpu")
+
+
+def make_manager(tokens: int = CAPACITY, requests: int = 4) -> CacheManager:
+    pool = SlotPool(tokens * ROWS + 1, 2, torch.float32, CPU)
+    return CacheManager(pool, ViewTable(requests, LAYERS, HEADS, 8 * tokens * ROWS, CPU))
+
+
+def prefix_value(tokens: np.ndarray, row: int) -> float:
+    """What K of the last of ``tokens`` must read: a function of the whole prefix and the row."""
+    return float(hash((tuple(tokens.tolist()), row)) % 9973)
+
+
+@dataclass(eq=False)
+class Running:
+    namespace: str
+    tokens: np.ndarray
+    sequence: Sequence
+    salt: str = field(default="")
+
+
+def write(manager: CacheManager, run: Running, begin: int, slots: torch.Tensor) -> None:
+    for column in range(slots.shape[1]):
+        for row in range(ROWS):
+            value = prefix_value(run.tokens[: begin + column + 1], row)
+            manager.pool.kv[slots[row, column]] = value
+
+
+def assert_readable(manager: CacheManager, run: Running) -> None:
+    lists = manager.views.lists(torch.tensor([run.sequence.view.index]))
+    for row in range(ROWS):
+        layer, head = divmod(row, HEADS)
+        begin = int(lists.start[0, layer, head])
+        slots = lists.arena[begin : begin + int(lists.length[0, layer, head])]
+        expected = [prefix_value(run.tokens[: i + 1], row) for i in range(run.sequence.computed)]
+        assert manager.pool.kv[slots.long(), 0, 0].tolist() == expected
+
+
+prompts = st.lists(st.integers(0, 2), min_size=1, max_size=14)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Random requests over a three-token alphabet, so prefixes are shared all the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.manager = make_manager()
+        self.running: list[Running] = []
+
+    def pick(self, data: st.DataObject) -> Running:
+        return self.running[data.draw(st.integers(0, len(self.running) - 1))]
+
+    @rule(prompt=prompts, namespace=st.sampled_from(["", "other"]), chunk=st.integers(1, 9))
+    def admit(self, prompt: list[int], namespace: str, chunk: int) -> None:
+        tokens = np.array(prompt, dtype=np.int32)
+        match = self.manager.match(namespace, tokens[:-1])
+        missing = len(tokens) - match.num_tokens
+        sequence = self.manager.begin(match, headroom=missing + 10)
+        if sequence is None:
+            assert len(self.running) == 4
+            return
+        run = Running(namespace, tokens, sequence)
+        self.running.append(run)
+        while sequence.computed < len(tokens):
+            size = min(chunk, len(tokens) - sequence.computed)
+            if size > self.manager.available_tokens:
+                return
+            begin = sequence.computed
+            write(self.manager, run, begin, self.manager.extend(sequence, size))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), token=st.integers(0, 2))
+    def decode(self, data: st.DataObject, token: int) -> None:
+        run = self.pick(data)
+        full = run.sequence.computed == len(run.tokens) and run.sequence.view.headroom > 0
+        if not full or not self.manager.can_decode([run.sequence]):
+            return
+        index = torch.tensor([run.sequence.view.index])
+        run.tokens = np.append(run.tokens, np.int32(token))
+        begin = run.sequence.computed
+        self.manager.step([run.sequence], index)
+        slots = self.manager.views.last_slots(self.manager.views.lists(index))
+        write(self.manager, run, begin, slots.view(ROWS, 1))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        run = self.pick(data)
+        if run.sequence.allocated == run.sequence.computed:
+            self.manager.commit(run.namespace, run.sequence, run.tokens[: run.sequence.computed])
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), keep=st.booleans())
+    def release(self, data: st.DataObject, keep: bool) -> None:
+        run = self.pick(data)
+        self.running.remove(run)
+        kept = run.sequence.computed if keep else 0
+        self.manager.release(run.namespace, run.sequence, run.tokens[:kept])
+
+    @rule()
+    def flush(self) -> None:
+        self.manager.flush()
+        if not self.running:
+            assert self.manager.usage().tree_slots == 0
+
+    @invariant()
+    def consistent(self) -> None:
+        self.manager.check()
+        for run in self.running:
+            assert_readable(self.manager, run)
+
+
+CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+test_cache_machine = CacheMachine.TestCase
+
+
+def run_prompt(manager: CacheManager, prompt: list[int], namespace: str = "") -> int:
+    """Prefill, commit and release a prompt; returns how many tokens were cached."""
+    tokens = np.array(prompt, dtype=np.int32)
+    sequence = manager.begin(manager.match(namespace, tokens), len(tokens))
+    assert sequence is not None
+    cached = sequence.computed
+    if cached < len(tokens):
+        manager.extend(sequence, len(tokens) - cached)
+    manager.commit(namespace, sequence, tokens)
+    manager.release(namespace, sequence, tokens)
+    manager.check()
+    return cached
+
+
+def test_prefix_is_shared_within_a_namespace_only() -> None:
+    manager = make_manager()
+    assert run_prompt(manager, [1, 2, 3, 4]) == 0
+    assert run_prompt(manager, [1, 2, 9]) == 2
+    assert run_prompt(manager, [1, 2, 3, 4], namespace="tenant") == 0
+    assert run_prompt(manager, [1, 2, 3, 4]) == 4
+
+
+def test_eviction_takes_oldest_tail_first() -> None:
+    manager = make_manager(tokens=20)
+    run_prompt(manager, [1, 1, 1, 1, 1, 1])
+    run_prompt(manager, [2, 2, 2, 2, 2, 2])
+    run_prompt(manager, [1, 1, 1, 1, 1, 1])
+    run_prompt(manager, [3] * 12)
+    twos = manager.match("", np.array([2] * 6, np.int32)).num_tokens
+    ones = manager.match("", np.array([1] * 6, np.int32)).num_tokens
+    assert (twos, ones) == (2, 6)
+    assert manager.evicted_slots == 4 * ROWS
+
+
+def test_locked_prefix_is_never_evicted() -> None:
+    manager = make_manager(tokens=10)
+    tokens = np.arange(6, dtype=np.int32)
+    sequence = manager.begin(manager.match("", tokens), 6)
+    assert sequence is not None
+    manager.extend(sequence, 6)
+    manager.commit("", sequence, tokens)
+    assert manager.available_tokens == 4
+    with pytest.raises(OutOfSlotsError):
+        manager.extend(sequence, 5)
+    manager.flush()
+    assert manager.match("", tokens).num_tokens == 6
+
+
+def test_concurrent_same_prompt_keeps_one_copy_in_the_tree() -> None:
+    manager = make_manager()
+    tokens = np.arange(5, dtype=np.int32)
+    both = [manager.begin(manager.match("", tokens), 5) for _ in range(2)]
+    for sequence in both:
+        assert sequence is not None
+        manager.extend(sequence, 5)
+    for sequence in both:
+        assert sequence is not None
+        manager.commit("", sequence, tokens)
+    usage = manager.usage()
+    assert (usage.tree_slots, usage.running_slots) == (5 * ROWS, 5 * ROWS)
+    for sequence in both:
+        assert sequence is not None
+        manager.release("", sequence, tokens)
+    manager.check()
+    assert manager.usage().running_slots == 0
+
+
+def test_without_sharing_nothing_is_kept() -> None:
+    pool = SlotPool(20 * ROWS + 1, 2, torch.float32, CPU)
+    views = ViewTable(2, LAYERS, HEADS, 100 * ROWS, CPU)
+    manager = CacheManager(pool, views, share_prefixes=False)
+    assert run_prompt(manager, [1, 2, 3]) == 0
+    assert run_prompt(manager, [1, 2, 3]) == 0
+    assert manager.usage().free_slots == 20 * ROWS

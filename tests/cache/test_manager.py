@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def make_manager(tokens: int = CAPACITY, requests: int = 4) -> CacheManager:
     pool = SlotPool(tokens * ROWS + 1, 2, torch.float32, CPU)
-    return CacheManager(pool, ViewTable(requests, LAYERS, HEADS, 8 * tokens * ROWS, CPU))
+    return CacheManager(pool, ViewTable(requests, LAYERS, HEADS, (8 * tokens + 1600) * ROWS, CPU))
 
 
 def prefix_value(tokens: np.ndarray, row: int) -> float:
@@ -75,7 +75,7 @@ class CacheMachine(RuleBasedStateMachine):
         tokens = np.array(prompt, dtype=np.int32)
         match = self.manager.match(namespace, tokens[:-1])
         missing = len(tokens) - match.num_tokens
-        sequence = self.manager.begin(match, headroom=missing + 10)
+        sequence = self.manager.begin(match, headroom=missing + 3)
         if sequence is None:
             assert len(self.running) == 4
             return
@@ -92,8 +92,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data(), token=st.integers(0, 2))
     def decode(self, data: st.DataObject, token: int) -> None:
         run = self.pick(data)
-        full = run.sequence.computed == len(run.tokens) and run.sequence.view.headroom > 0
-        if not full or not self.manager.can_decode([run.sequence]):
+        full = run.sequence.computed == len(run.tokens)
+        if not full or not self.manager.reserve([run.sequence]):
             return
         index = torch.tensor([run.sequence.view.index])
         run.tokens = np.append(run.tokens, np.int32(token))
@@ -165,7 +165,7 @@ def test_eviction_takes_oldest_tail_first() -> None:
     twos = manager.match("", np.array([2] * 6, np.int32)).num_tokens
     ones = manager.match("", np.array([1] * 6, np.int32)).num_tokens
     assert (twos, ones) == (2, 6)
-    assert manager.evicted_slots == 4 * ROWS
+    assert manager.reclaimer.counts.evicted == 4 * ROWS
 
 
 def test_locked_prefix_is_never_evicted() -> None:

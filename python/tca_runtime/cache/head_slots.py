@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,12 @@ class HeadSlots:
         )
 
     @staticmethod
+    def nothing() -> HeadSlots:
+        """No tokens and no rows: what a root holds."""
+        empty = torch.empty(0, dtype=torch.int32)
+        return HeadSlots(0, 0, np.zeros(0, np.int64), empty, empty)
+
+    @staticmethod
     def concat(parts: Sequence[HeadSlots]) -> HeadSlots:
         """Join runs of tokens that follow one another."""
         if len(parts) == 1:
@@ -64,6 +70,22 @@ class HeadSlots:
             lengths=lengths,
             positions=torch.cat([positions for positions, _ in order]),
             slots=torch.cat([slots for _, slots in order]),
+        )
+
+    @staticmethod
+    def merge(left: HeadSlots, right: HeadSlots) -> HeadSlots:
+        """Union of disjoint lists over the same tokens, on the device of ``left``."""
+        device = left.slots.device
+        positions = torch.cat([left.positions, right.positions.to(device)])
+        rows = np.concatenate(
+            [np.repeat(np.arange(len(p.lengths)), p.lengths) for p in (left, right)]
+        )
+        # One integer orders by row, then position.
+        key = (torch.from_numpy(rows).to(device) << 32) + positions
+        order = key.argsort()
+        slots = torch.cat([left.slots, right.slots.to(device)])
+        return HeadSlots(
+            left.begin, left.end, left.lengths + right.lengths, positions[order], slots[order]
         )
 
     @property
@@ -110,18 +132,31 @@ class HeadSlots:
                 HeadSlots.full(position, slots[:, cut:]),
             )
         before = self.positions < position
-        row_of = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        host_before = before.cpu().numpy()
-        head_lengths = np.bincount(row_of[host_before], minlength=len(self.lengths))
+        head, tail = self.partition(before)
         return (
+            replace(head, end=position),
+            replace(tail, begin=position),
+        )
+
+    def partition(self, chosen: Tensor) -> tuple[HeadSlots, HeadSlots]:
+        """The entries where ``chosen`` (bool ``[num_slots]``) holds, and the others.
+
+        Reads the counts from the device.
+        """
+        row_of = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        counts = np.bincount(row_of[chosen.cpu().numpy()], minlength=len(self.lengths))
+        rest = ~chosen
+        return (
+            HeadSlots(self.begin, self.end, counts, self.positions[chosen], self.slots[chosen]),
             HeadSlots(
-                self.begin, position, head_lengths, self.positions[before], self.slots[before]
-            ),
-            HeadSlots(
-                position,
+                self.begin,
                 self.end,
-                self.lengths - head_lengths,
-                self.positions[~before],
-                self.slots[~before],
+                self.lengths - counts,
+                self.positions[rest],
+                self.slots[rest],
             ),
         )
+
+    def with_slots(self, slots: Tensor) -> HeadSlots:
+        """The same tokens in other slots, listed in the same order."""
+        return replace(self, slots=slots, positions=self.positions.to(slots.device))

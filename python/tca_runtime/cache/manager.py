@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.radix_tree import PrefixMatch, RadixTree, Tokens
+from tca_runtime.cache.reclaim import CoreChooser, Reclaimer
 from tca_runtime.cache.sequence import Sequence
 from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.cache.views import ViewTable
@@ -17,6 +18,8 @@ from tca_runtime.cache.views import ViewTable
 # Slots for generated tokens are taken this many tokens at a time: one allocation and one write
 # into the view per block instead of per step.
 DECODE_BLOCK = 32
+# Tokens by which a full view grows: each growth copies the lists once.
+VIEW_GROWTH = 512
 
 
 @dataclass(frozen=True)
@@ -29,25 +32,39 @@ class CacheUsage:
     running_slots: int
     cached_tokens: int
     full_equivalent_slots: int
+    host_total_slots: int
+    host_free_slots: int
+    host_tree_slots: int
 
 
 class CacheManager:
     """Gives requests their slots and shares prefixes between them.
 
     Slots move in one circle: pool -> sequence (``extend``) -> tree (``commit``, ``release``)
-    -> pool (eviction). Slots of a sequence are freed in one place, ``release``.
+    -> pool (``Reclaimer``). Slots of a sequence are freed in one place, ``release``.
 
     Parameters
     ----------
     share_prefixes : False disables the tree; every request then computes its whole prompt
+    host : host tier, None for none
+    choose_core, may_prune : how cold prefixes shrink, see ``Reclaimer``
     """
 
-    def __init__(self, pool: SlotPool, views: ViewTable, share_prefixes: bool = True) -> None:
+    def __init__(
+        self,
+        pool: SlotPool,
+        views: ViewTable,
+        share_prefixes: bool = True,
+        *,
+        host: SlotPool | None = None,
+        choose_core: CoreChooser | None = None,
+        may_prune: bool = True,
+    ) -> None:
         self.pool = pool
         self.views = views
         self.tree = RadixTree()
+        self.reclaimer = Reclaimer(self.tree, pool, host, choose_core, may_prune)
         self.share_prefixes = share_prefixes
-        self.evicted_slots = 0
         self._running: set[Sequence] = set()
 
     @property
@@ -71,10 +88,19 @@ class CacheManager:
     def begin(self, match: PrefixMatch, headroom: int) -> Sequence | None:
         """Lock a prefix for a request and open its view with room for ``headroom`` tokens.
 
-        None when the view table has no room; nothing is changed then.
+        What the prefix has in the host tier comes back to the device first. None when slots or
+        the view table have no room; nothing is locked then.
         """
         handle = self.tree.lock(match)
-        view = self.views.open(self.tree.slots_of(handle), headroom)
+        path = self.tree.path(handle)
+        demoted = [node for node in path if node.host is not None]
+        needed = sum(node.host.num_slots for node in demoted if node.host is not None)
+        view = None
+        if needed <= self.pool.num_free + self.tree.evictable_slots:
+            self.reclaimer.make_room(needed)
+            for node in demoted:
+                self.reclaimer.promote(node)
+            view = self.views.open([node.slots for node in path], headroom)
         if view is None:
             self.tree.unlock(handle)
             return None
@@ -90,20 +116,25 @@ class CacheManager:
         sequence.computed += num_tokens
         return slots
 
-    def can_decode(self, sequences: Many[Sequence]) -> bool:
-        """Whether each sequence can grow by one token, evicting if need be."""
-        needy = sum(not s.view.prepared for s in sequences)
-        return needy <= self.available_tokens
+    def reserve(self, sequences: Many[Sequence]) -> bool:
+        """Make sure each sequence can grow by one token, evicting if need be.
 
-    def step(self, sequences: Many[Sequence], indices: Tensor) -> None:
-        """Show one more slot per sequence; ``indices`` are the rows of their views.
-
-        Call only after ``can_decode``.
+        False when slots or view space do not suffice; then nothing is shown, and the caller ends
+        or retracts a request before it tries again.
         """
         needy = [s for s in sequences if not s.view.prepared]
+        if len(needy) > self.available_tokens:
+            return False
         for i, sequence in enumerate(needy):
+            view = sequence.view
+            if not view.headroom and not self.views.grow(view, VIEW_GROWTH):
+                return False
             fair = self.available_tokens // (len(needy) - i)
-            self._take(sequence, max(1, min(DECODE_BLOCK, sequence.view.headroom, fair)))
+            self._take(sequence, max(1, min(DECODE_BLOCK, view.headroom, fair)))
+        return True
+
+    def step(self, sequences: Many[Sequence], indices: Tensor) -> None:
+        """Show one more reserved slot per sequence; ``indices`` are the rows of their views."""
         self.views.advance([s.view for s in sequences], indices, 1)
         for sequence in sequences:
             sequence.computed += 1
@@ -144,11 +175,20 @@ class CacheManager:
         self.views.close(sequence.view)
         self._running.remove(sequence)
 
+    def parts(self, sequence: Sequence) -> list[HeadSlots]:
+        """Everything that exists of a sequence's computed tokens, in order."""
+        parts = [node.slots for node in self.tree.path(sequence.handle)]
+        if sequence.blocks:
+            owned = HeadSlots.full(sequence.handle.num_tokens, torch.cat(sequence.blocks, dim=1))
+            parts.append(owned.split(sequence.computed)[0])
+        return parts
+
     def flush(self) -> None:
         """Drop every unlocked prefix."""
-        self._evict(self.tree.evictable_slots)
+        self.reclaimer.evict_all()
 
     def usage(self) -> CacheUsage:
+        host = self.reclaimer.host
         return CacheUsage(
             total_slots=self.pool.capacity,
             free_slots=self.pool.num_free,
@@ -156,6 +196,9 @@ class CacheManager:
             running_slots=sum(s.owned_slots for s in self._running),
             cached_tokens=self.tree.num_tokens,
             full_equivalent_slots=self.tree.num_tokens * self.rows,
+            host_total_slots=host.capacity if host else 0,
+            host_free_slots=host.num_free if host else 0,
+            host_tree_slots=self.tree.num_host_slots,
         )
 
     def check(self) -> None:
@@ -164,6 +207,8 @@ class CacheManager:
         usage = self.usage()
         found = usage.free_slots + usage.tree_slots + usage.running_slots
         assert found == usage.total_slots, f"slots lost or doubled: {usage}"
+        found = usage.host_free_slots + usage.host_tree_slots
+        assert found == usage.host_total_slots, f"host slots lost or doubled: {usage}"
         owned = [self.pool.free_slots(), *(node.slots.slots for node in self.tree.nodes())]
         for sequence in self._running:
             owned += [block.reshape(-1) for block in sequence.blocks]
@@ -173,13 +218,8 @@ class CacheManager:
 
     def _take(self, sequence: Sequence, num_tokens: int) -> Tensor:
         count = num_tokens * self.rows
-        self._evict(count - self.pool.num_free)
+        self.reclaimer.make_room(count)
         slots = self.pool.allocate(count).view(self.rows, num_tokens)
         sequence.blocks.append(slots)
         self.views.prepare(sequence.view, slots)
         return slots
-
-    def _evict(self, num_slots: int) -> None:
-        for removed in self.tree.evict(num_slots):
-            self.pool.free(removed.slots)
-            self.evicted_slots += removed.num_slots

@@ -1,47 +1,68 @@
 """Prefix tree over token ids whose nodes hold per-head slot lists.
 
 Tokens are counted for matching, slots for memory; the two are separate. The tree never frees a
-slot: what leaves it is returned to the caller, who owns the pool.
+slot: what leaves it is returned to the caller, who owns the pools.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tca_runtime.cache.head_slots import HeadSlots
+from tca_runtime.cache.lru import LruQueue
 
 Tokens = NDArray[np.int32]
 
 
 class RadixNode:
-    """A run of tokens after its parent's. ``locks`` counts handles at or below it."""
+    """A run of tokens after its parent's.
 
-    __slots__ = ("children", "hits", "last_access", "locks", "parent", "queued", "tokens", "value")
+    Attributes
+    ----------
+    slots : what the device holds of these tokens
+    host : what was demoted to the host tier; disjoint from ``slots``
+    locks : handles at or below this node
+    settled : nothing more of it can be pruned
+    """
 
-    def __init__(self, tokens: Tokens, value: HeadSlots | None, parent: RadixNode | None) -> None:
+    __slots__ = (
+        "children",
+        "hits",
+        "host",
+        "last_access",
+        "locks",
+        "parent",
+        "settled",
+        "slots",
+        "tokens",
+    )
+
+    def __init__(self, tokens: Tokens, slots: HeadSlots, parent: RadixNode | None) -> None:
         self.tokens = tokens
-        self.value = value
+        self.slots = slots
+        self.host: HeadSlots | None = None
         self.parent = parent
         self.children: dict[int, RadixNode] = {}
         self.locks = 0
         self.last_access = 0
         self.hits = 0
-        self.queued = False
+        self.settled = False
 
     @property
-    def slots(self) -> HeadSlots:
-        assert self.value is not None, "a root holds no slots"
-        return self.value
+    def is_leaf(self) -> bool:
+        return not self.children
 
     @property
-    def is_root(self) -> bool:
-        return self.value is None
+    def state(self) -> Literal["full", "demoted", "pruned"]:
+        if self.host is not None:
+            return "demoted"
+        return "full" if self.slots.is_full else "pruned"
 
 
 @dataclass(frozen=True)
@@ -58,30 +79,38 @@ class PrefixMatch:
 
 @dataclass(frozen=True)
 class PrefixHandle:
-    """A locked prefix: while it is held, no slot of its path is evicted."""
+    """A locked prefix: while it is held, no slot of its path is taken away."""
 
     num_tokens: int
     node: RadixNode
 
 
 class RadixTree:
-    """Radix tree with one root per namespace, lock counts and least-recently-used eviction.
+    """Radix tree with one root per namespace, lock counts and least-recently-used queues.
 
-    Unlocked leaves wait in a heap with lazily corrected time stamps, so eviction touches only
-    what it removes. A path's last access is never older than its children's.
+    A path's last access is never older than its children's. The queues hold unlocked nodes only:
+    ``leaves`` can be evicted, ``full`` ones can shrink, ``cores`` are what demoted nodes still
+    hold on the device, ``hosted`` ones take host memory.
     """
 
     def __init__(self) -> None:
         self._roots: dict[str, RadixNode] = {}
-        self._heap: list[tuple[int, int, RadixNode]] = []
         self._clock = itertools.count(1)
-        self._order = itertools.count()
+        self.leaves = LruQueue(lambda n: self._is_idle(n) and n.is_leaf)
+        self.full = LruQueue(lambda n: self._is_idle(n) and not n.settled and n.state == "full")
+        self.cores = LruQueue(
+            lambda n: self._is_idle(n) and n.host is not None and n.slots.num_slots > 0
+        )
+        self.hosted = LruQueue(lambda n: self._is_idle(n) and n.host is not None)
+        self._queues = (self.leaves, self.full, self.cores, self.hosted)
         self.num_tokens = 0
         self.num_slots = 0
+        self.num_host_slots = 0
         self.locked_slots = 0
 
     @property
     def evictable_slots(self) -> int:
+        """Device slots of unlocked nodes."""
         return self.num_slots - self.locked_slots
 
     def match(self, namespace: str, tokens: Tokens) -> PrefixMatch:
@@ -102,7 +131,7 @@ class RadixTree:
     def lock(self, match: PrefixMatch) -> PrefixHandle:
         """Lock a match just made (no change of the tree in between); splits at its end."""
         node = match.node
-        if not node.is_root and match.offset < len(node.tokens):
+        if match.offset < len(node.tokens):
             node = self._split(node, match.offset)
         now = next(self._clock)
         for step in _path(node):
@@ -120,9 +149,9 @@ class RadixTree:
                 self.locked_slots -= step.slots.num_slots
                 self._offer(step)
 
-    def slots_of(self, handle: PrefixHandle) -> list[HeadSlots]:
-        """The slot lists along a locked path, root first."""
-        return [node.slots for node in _path(handle.node)][::-1]
+    def path(self, handle: PrefixHandle) -> list[RadixNode]:
+        """The nodes of a locked prefix, root first."""
+        return list(_path(handle.node))[::-1]
 
     def insert(self, namespace: str, tokens: Tokens, value: HeadSlots) -> list[HeadSlots]:
         """Add ``value``, which covers the end of ``tokens``; the tree takes its slots.
@@ -138,7 +167,7 @@ class RadixTree:
         if match.num_tokens == len(tokens):
             return [value] if value.num_tokens else []
         parent = match.node
-        if not parent.is_root and match.offset < len(parent.tokens):
+        if match.offset < len(parent.tokens):
             parent = self._split(parent, match.offset)
         duplicate, fresh = value.split(match.num_tokens)
         node = RadixNode(tokens[match.num_tokens :].copy(), fresh, parent)
@@ -151,29 +180,26 @@ class RadixTree:
         self._offer(node)
         return [duplicate] if duplicate.num_tokens else []
 
-    def evict(self, num_slots: int) -> list[HeadSlots]:
-        """Remove at least ``num_slots`` slots, oldest unlocked leaves first, tails before heads.
+    def replace(self, node: RadixNode, slots: HeadSlots, host: HeadSlots | None) -> None:
+        """Change what a node holds; the caller moved or freed the slots already."""
+        self._count(node, -1)
+        node.slots, node.host = slots, host
+        self._count(node, 1)
+        self._offer(node)
 
-        Returns what was removed; less than asked only when nothing more is evictable.
-        """
-        removed: list[HeadSlots] = []
-        wanted = num_slots
-        while wanted > 0 and self._heap:
-            stamp, _, node = heapq.heappop(self._heap)
-            node.queued = False
-            if not self._is_evictable_leaf(node):
-                continue
-            if node.last_access > stamp:
-                self._offer(node)
-                continue
-            per_token = max(1, node.slots.num_slots // len(node.tokens))
-            tail = -(-wanted // per_token)
-            if tail < len(node.tokens):
-                self._split(node, len(node.tokens) - tail)
-            removed.append(node.slots)
-            wanted -= node.slots.num_slots
-            self._remove(node)
-        return removed
+    def split_tail(self, node: RadixNode, num_tokens: int) -> None:
+        """Make ``node`` its own last ``num_tokens`` tokens; the rest becomes its parent."""
+        self._split(node, len(node.tokens) - num_tokens)
+
+    def remove(self, leaf: RadixNode) -> None:
+        """Take an unlocked leaf out; its slots are the caller's now."""
+        parent = leaf.parent
+        assert parent is not None and leaf.is_leaf and not leaf.locks
+        del parent.children[int(leaf.tokens[0])]
+        leaf.parent = None
+        self.num_tokens -= len(leaf.tokens)
+        self._count(leaf, -1)
+        self._offer(parent)
 
     def nodes(self) -> Iterator[RadixNode]:
         """Every node but the roots; for checks and reports, not for the hot path."""
@@ -181,68 +207,75 @@ class RadixTree:
         while stack:
             node = stack.pop()
             stack.extend(node.children.values())
-            if not node.is_root:
+            if node.parent is not None:
                 yield node
+
+    def namespaces(self) -> dict[str, RadixNode]:
+        """The roots, whose children are the first runs of tokens."""
+        return self._roots
 
     def check(self) -> None:
         """Raise AssertionError when counters or structure are inconsistent."""
-        tokens = slots = locked = 0
+        tokens = slots = hosted = locked = 0
         for node in self.nodes():
             tokens += len(node.tokens)
             slots += node.slots.num_slots
+            hosted += node.host.num_slots if node.host else 0
             locked += node.slots.num_slots if node.locks else 0
             assert node.slots.num_tokens == len(node.tokens) > 0
             assert node.locks >= sum(child.locks for child in node.children.values())
             assert node.parent is not None
             assert node.parent.children[int(node.tokens[0])] is node
-            assert node.parent.is_root or node.parent.slots.end == node.slots.begin
-            assert node.queued or not self._is_evictable_leaf(node)
+            assert node.parent.slots.end == node.slots.begin
+            for queue in self._queues:
+                assert node in queue or not queue.qualifies(node)
         assert (tokens, slots) == (self.num_tokens, self.num_slots), "tree counters drifted"
+        assert hosted == self.num_host_slots, "host counters drifted"
         assert locked == self.locked_slots, "lock counters drifted"
 
     def _root(self, namespace: str) -> RadixNode:
         root = self._roots.get(namespace)
         if root is None:
-            root = self._roots[namespace] = RadixNode(np.empty(0, np.int32), None, None)
+            nothing = np.empty(0, np.int32)
+            root = self._roots[namespace] = RadixNode(nothing, HeadSlots.nothing(), None)
         return root
 
     def _split(self, node: RadixNode, offset: int) -> RadixNode:
         """Cut a node in two; ``node`` stays the lower part, the upper one is returned."""
         assert node.parent is not None
-        head, tail = node.slots.split(node.slots.begin + offset)
+        cut = node.slots.begin + offset
+        head, tail = node.slots.split(cut)
         upper = RadixNode(node.tokens[:offset], head, node.parent)
-        upper.locks = node.locks
-        upper.last_access = node.last_access
-        upper.hits = node.hits
+        upper.locks, upper.settled = node.locks, node.settled
+        upper.last_access, upper.hits = node.last_access, node.hits
         node.parent.children[int(upper.tokens[0])] = upper
-        node.tokens, node.value, node.parent = node.tokens[offset:], tail, upper
+        if node.host is not None:
+            upper.host, node.host = node.host.split(cut)
+        node.tokens, node.slots, node.parent = node.tokens[offset:], tail, upper
         upper.children[int(node.tokens[0])] = node
+        self._offer(upper)
         return upper
 
-    def _is_evictable_leaf(self, node: RadixNode) -> bool:
-        return not (node.is_root or node.locks or node.children or node.parent is None)
+    def _is_idle(self, node: RadixNode) -> bool:
+        return not node.locks and node.parent is not None
 
     def _offer(self, node: RadixNode) -> None:
-        if not node.queued and self._is_evictable_leaf(node):
-            node.queued = True
-            heapq.heappush(self._heap, (node.last_access, next(self._order), node))
+        for queue in self._queues:
+            queue.offer(node)
 
-    def _remove(self, node: RadixNode) -> None:
-        parent = node.parent
-        assert parent is not None
-        del parent.children[int(node.tokens[0])]
-        node.parent = None
-        self.num_tokens -= len(node.tokens)
-        self.num_slots -= node.slots.num_slots
-        self._offer(parent)
+    def _count(self, node: RadixNode, sign: int) -> None:
+        self.num_slots += sign * node.slots.num_slots
+        if node.locks:
+            self.locked_slots += sign * node.slots.num_slots
+        if node.host is not None:
+            self.num_host_slots += sign * node.host.num_slots
 
 
 def _path(node: RadixNode) -> Iterator[RadixNode]:
     """From ``node`` up to, not including, its root."""
-    step: RadixNode | None = node
-    while step is not None and not step.is_root:
-        yield step
-        step = step.parent
+    while node.parent is not None:
+        yield node
+        node = node.parent
 
 
 def _common_prefix(left: Tokens, right: Tokens) -> int:

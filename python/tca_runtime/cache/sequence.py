@@ -45,4 +45,3 @@ class Sequence:
     def owned_slots(self) -> int:
         owned = sum(int(block.numel()) for block in self.blocks)
         return owned + sum(part.num_slots for part in self.duplicates)
-

@@ -25,12 +25,15 @@ class SlotPool:
     Attributes
     ----------
     kv : ``[num_slots, 2, head_dim]``; index 0 on axis 1 is the key, 1 the value
+    importance : bfloat16 ``[num_slots]``, the best importance that any selection gave the slot
+        since it was allocated; what pruning ranks by
     """
 
     def __init__(
         self, num_slots: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.kv = torch.zeros(num_slots, 2, head_dim, dtype=dtype, device=device)
+        self.importance = torch.zeros(num_slots, dtype=torch.bfloat16, device=device)
         self.capacity = num_slots - 1
         # Ascending on top of the stack, so that a fresh pool hands out contiguous runs.
         self._stack = torch.arange(num_slots - 1, 0, -1, dtype=torch.int32, device=device)
@@ -45,7 +48,9 @@ class SlotPool:
         if count > self._height:
             raise OutOfSlotsError(f"{count} slots wanted, {self._height} free of {self.capacity}")
         self._height -= count
-        return self._stack[self._height : self._height + count].flip(0)
+        slots = self._stack[self._height : self._height + count].flip(0)
+        self.importance[slots] = 0
+        return slots
 
     def free(self, slots: Tensor) -> None:
         """Give slots back (any shape)."""

@@ -92,20 +92,45 @@ class ViewTable:
         if not self._indices or (offset := self._segments.allocate(size)) is None:
             return None
         view = View(self._indices.pop(), offset, size, lengths, headroom)
-        start = np.zeros(self.rows, dtype=np.int64)
-        np.cumsum(lengths[:-1] + headroom, out=start[1:])
-        start += offset
-        device = self.arena.device
-        self.start[view.index] = torch.from_numpy(start).to(device)
-        self.length[view.index] = torch.from_numpy(lengths.astype(np.int32)).to(device)
+        start = self._place(view.index, offset, lengths, headroom)
         for part in parts:
-            self._copy(part, start)
+            self._scatter(start, part.lengths, part.slots)
             start += part.lengths
         return view
 
     def close(self, view: View) -> None:
         self._segments.free(view.offset, view.size)
         self._indices.append(view.index)
+
+    def grow(self, view: View, headroom: int) -> bool:
+        """Move a view to a segment with more ``headroom``; False when the arena is full.
+
+        Prepared entries must have been shown: they are not moved.
+        """
+        assert view.prepared == 0
+        lengths = view.lengths + view.grown
+        size = int(lengths.sum()) + headroom * self.rows
+        offset = self._segments.allocate(size)
+        if offset is None:
+            return False
+        old = self.start[view.index].clone()
+        start = self._place(view.index, offset, lengths, headroom)
+        self._scatter(start, lengths, self.arena[_flat_index(old, lengths)])
+        self._segments.free(view.offset, view.size)
+        view.offset, view.size, view.headroom = offset, size, headroom
+        return True
+
+    def replace(self, view: View, lengths: NDArray[np.int64], slots: Tensor, headroom: int) -> bool:
+        """Show other lists (``slots`` row after row, ``lengths`` per row); False when full."""
+        size = int(lengths.sum()) + headroom * self.rows
+        offset = self._segments.allocate(size)
+        if offset is None:
+            return False
+        self._scatter(self._place(view.index, offset, lengths, headroom), lengths, slots)
+        self._segments.free(view.offset, view.size)
+        view.offset, view.size, view.lengths = offset, size, lengths
+        view.headroom, view.grown, view.prepared = headroom, 0, 0
+        return True
 
     def prepare(self, view: View, slots: Tensor) -> None:
         """Write ``slots`` (int32 ``[rows, n]``) behind every list without showing them yet."""
@@ -138,10 +163,27 @@ class ViewTable:
         """The slot at the end of every list: int32 ``[B, L, Hkv]``."""
         return self.arena[lists.start + (lists.length - 1)]
 
-    def _copy(self, part: HeadSlots, start: NDArray[np.int64]) -> None:
+    def _place(
+        self, index: int, offset: int, lengths: NDArray[np.int64], headroom: int
+    ) -> NDArray[np.int64]:
+        """Set where each row's list starts and how long it is; returns the starts."""
+        start = np.zeros(self.rows, dtype=np.int64)
+        np.cumsum(lengths[:-1] + headroom, out=start[1:])
+        start += offset
         device = self.arena.device
-        shift = torch.from_numpy(start - part.indptr[:-1]).to(device)
-        lengths = torch.from_numpy(part.lengths).to(device)
-        total = part.num_slots
-        target = torch.repeat_interleave(shift, lengths, output_size=total)
-        self.arena[target + torch.arange(total, device=device)] = part.slots
+        self.start[index] = torch.from_numpy(start).to(device)
+        self.length[index] = torch.from_numpy(lengths.astype(np.int32)).to(device)
+        return start
+
+    def _scatter(self, start: NDArray[np.int64], lengths: NDArray[np.int64], slots: Tensor) -> None:
+        begin = torch.from_numpy(start).to(self.arena.device)
+        self.arena[_flat_index(begin, lengths)] = slots
+
+
+def _flat_index(start: Tensor, lengths: NDArray[np.int64]) -> Tensor:
+    """Arena indices of all entries of ragged rows, row after row."""
+    total = int(lengths.sum())
+    shift = torch.from_numpy(lengths.cumsum() - lengths).to(start.device)
+    sizes = torch.from_numpy(lengths).to(start.device)
+    rows = torch.repeat_interleave(start - shift, sizes, output_size=total)
+    return rows + torch.arange(total, device=start.device)

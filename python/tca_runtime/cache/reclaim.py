@@ -1,0 +1,173 @@
+"""Making room: demote, then prune, then evict."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from tca_runtime.cache.head_slots import HeadSlots
+from tca_runtime.cache.radix_tree import RadixNode, RadixTree
+from tca_runtime.cache.slot_pool import SlotPool
+
+logger = logging.getLogger(__name__)
+
+
+class CoreChooser(Protocol):
+    """Decides what of a complete run of tokens is its core context."""
+
+    def __call__(self, slots: HeadSlots, importance: Tensor) -> Tensor | None:
+        """Bool ``[num_slots]``, True for the core; None when nothing can be dropped.
+
+        ``importance`` is float32 ``[num_slots]``, in the order of ``slots.slots``.
+        """
+        ...
+
+
+@dataclass
+class ReclaimCounts:
+    """Slots that left the device, by what became of them."""
+
+    demoted: int = 0
+    pruned: int = 0
+    evicted: int = 0
+    promoted: int = 0
+
+
+class Reclaimer:
+    """Frees device slots of cold prefixes, losing as little as possible.
+
+    Oldest first, step by step: complete nodes give up all but their core context (to the host
+    tier if there is one, for good otherwise), then demoted nodes give up their core too, then
+    leaves are evicted, tails before heads.
+
+    Parameters
+    ----------
+    host : second pool, in host memory; None for none
+    choose_core : None keeps nodes complete until they are evicted
+    may_prune : whether slots may be dropped for good while their node stays
+    """
+
+    def __init__(
+        self,
+        tree: RadixTree,
+        pool: SlotPool,
+        host: SlotPool | None = None,
+        choose_core: CoreChooser | None = None,
+        may_prune: bool = True,
+    ) -> None:
+        self._tree = tree
+        self._pool = pool
+        self.host = host
+        self._choose_core = choose_core
+        self._may_prune = may_prune
+        self.counts = ReclaimCounts()
+
+    def make_room(self, num_slots: int) -> None:
+        """Have ``num_slots`` free on the device, or as many as unlocked prefixes give."""
+        if self._choose_core is not None:
+            while self._pool.num_free < num_slots and (node := self._tree.full.pop()):
+                self._shrink(node)
+            while self._pool.num_free < num_slots and (node := self._tree.cores.pop()):
+                if not self._demote(node, node.slots, None):
+                    self._tree.cores.offer(node)
+                    break
+        while self._pool.num_free < num_slots and (node := self._tree.leaves.pop()):
+            self._evict(node, num_slots - self._pool.num_free)
+
+    def evict_all(self) -> None:
+        """Remove every unlocked prefix."""
+        while node := self._tree.leaves.pop():
+            self._evict(node, None)
+
+    def promote(self, node: RadixNode) -> None:
+        """Bring a demoted node back; the caller made sure that there is room."""
+        assert self.host is not None and node.host is not None
+        slots = self._pool.allocate(node.host.num_slots)
+        _copy(self.host, node.host.slots, self._pool, slots)
+        self.host.free(node.host.slots)
+        self.counts.promoted += node.host.num_slots
+        merged = HeadSlots.merge(node.slots, node.host.with_slots(slots))
+        self._tree.replace(node, merged, None)
+
+    def prune(self, node: RadixNode, keep: Tensor) -> None:
+        """Drop for good the slots of a node where ``keep`` (bool ``[num_slots]``) is False."""
+        core, rest = node.slots.partition(keep)
+        self._pool.free(rest.slots)
+        self.counts.pruned += rest.num_slots
+        self._tree.replace(node, core, node.host)
+
+    def _shrink(self, node: RadixNode) -> None:
+        assert self._choose_core is not None
+        importance = self._pool.importance[node.slots.slots].float()
+        keep = self._choose_core(node.slots, importance)
+        if keep is None:
+            node.settled = True
+            return
+        core, rest = node.slots.partition(keep)
+        if self._demote(node, rest, core):
+            return
+        if self._may_prune:
+            self.prune(node, keep)
+        else:
+            node.settled = True
+
+    def _demote(self, node: RadixNode, rest: HeadSlots, core: HeadSlots | None) -> bool:
+        """Move ``rest`` of a node to the host tier; False when it does not fit there."""
+        if self.host is None or not self._make_host_room(rest.num_slots, node):
+            return False
+        slots = self.host.allocate(rest.num_slots)
+        _copy(self._pool, rest.slots, self.host, slots)
+        self._pool.free(rest.slots)
+        self.counts.demoted += rest.num_slots
+        moved = rest.with_slots(slots)
+        if core is None:
+            assert node.host is not None
+            core = rest.partition(rest.positions < 0)[0]
+            moved = HeadSlots.merge(node.host, moved)
+        self._tree.replace(node, core, moved)
+        return True
+
+    def _make_host_room(self, num_slots: int, keep: RadixNode) -> bool:
+        """Free host slots by forgetting the oldest demoted ones; never touches ``keep``."""
+        assert self.host is not None
+        if num_slots > self.host.capacity:
+            return False
+        passed: list[RadixNode] = []
+        while self.host.num_free < num_slots and (node := self._tree.hosted.pop()):
+            assert node.host is not None
+            if node is keep or not (node.is_leaf or node.slots.num_slots and self._may_prune):
+                passed.append(node)
+            elif node.slots.num_slots and self._may_prune:
+                self.host.free(node.host.slots)
+                self.counts.pruned += node.host.num_slots
+                self._tree.replace(node, node.slots, None)
+            else:
+                self._evict(node, None)
+        for node in passed:
+            self._tree.hosted.offer(node)
+        return self.host.num_free >= num_slots
+
+    def _evict(self, node: RadixNode, wanted: int | None) -> None:
+        """Remove a leaf, or only as much of its tail as gives ``wanted`` device slots."""
+        if wanted is not None and node.slots.num_slots:
+            per_token = max(1, node.slots.num_slots // len(node.tokens))
+            tail = -(-wanted // per_token)
+            if tail < len(node.tokens):
+                self._tree.split_tail(node, tail)
+        self._tree.remove(node)
+        self._pool.free(node.slots.slots)
+        self.counts.evicted += node.slots.num_slots
+        if node.host is not None:
+            assert self.host is not None
+            self.host.free(node.host.slots)
+            self.counts.evicted += node.host.num_slots
+
+
+def _copy(source: SlotPool, source_slots: Tensor, target: SlotPool, target_slots: Tensor) -> None:
+    """Copy K, V and importance of slots between pools, which may be on different devices."""
+    device = target.kv.device
+    target.kv[target_slots] = source.kv[source_slots].to(device)
+    target.importance[target_slots] = source.importance[source_slots].to(device)

@@ -1,0 +1,118 @@
+"""One rank of the runtime: model, KV storage, attention and sampling on one device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Many
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tca_runtime.attention import create_backend
+from tca_runtime.attention.base import AttentionShape, AttentionStep, PrefillChunk
+from tca_runtime.cache.manager import CacheManager
+from tca_runtime.cache.slot_pool import SlotPool
+from tca_runtime.cache.views import ViewTable
+from tca_runtime.config import RuntimeConfig
+from tca_runtime.engine.memory import pool_tokens
+from tca_runtime.engine.output import collect_output
+from tca_runtime.engine.sampler import Sampler
+from tca_runtime.engine.step import StepInput, StepOutput
+from tca_runtime.models.loader import load_model
+
+logger = logging.getLogger(__name__)
+
+# Arena entries per slot: views of requests that share a prefix list the same slots.
+ARENA_FACTOR = 4
+
+
+class Engine:
+    """Runs forward passes. Knows sequences and tokens, but no requests and no policy.
+
+    Attributes
+    ----------
+    cache : the slots of this device, to be planned by the scheduler
+    model_config : sizes and special ids of the loaded model
+    """
+
+    def __init__(self, config: RuntimeConfig) -> None:
+        loaded = load_model(config.model)
+        self.model = loaded.model
+        self.model_config = loaded.config
+        self.device = loaded.device
+        self.shape = AttentionShape(
+            num_layers=loaded.config.num_layers,
+            num_q_heads=loaded.config.num_q_heads,
+            num_kv_heads=loaded.config.num_kv_heads,
+            head_dim=loaded.config.head_dim,
+            dtype=loaded.dtype,
+            device=loaded.device,
+        )
+        tokens = pool_tokens(config.cache, self.shape)
+        pool = SlotPool(
+            tokens * self.shape.rows + 1, self.shape.head_dim, self.shape.dtype, self.device
+        )
+        views = ViewTable(
+            config.scheduler.max_running_requests,
+            self.shape.num_layers,
+            self.shape.num_kv_heads,
+            ARENA_FACTOR * pool.capacity,
+            self.device,
+        )
+        self.cache = CacheManager(pool, views, not config.cache.disable_radix_cache)
+        self.backend = create_backend(config.attention.attention_backend, self.shape, pool.kv)
+        self.sampler = Sampler(loaded.config.vocab_size, self.device)
+        logger.info("KV pool: %d tokens, %d slots", tokens, pool.capacity)
+
+    @torch.inference_mode()
+    def run(self, step: StepInput) -> StepOutput:
+        """Compute one step: write K and V, sample the next tokens."""
+        hidden = self._forward(step)
+        return collect_output(self.model, self.sampler, step, hidden)
+
+    def _forward(self, step: StepInput) -> Tensor:
+        num_decode = len(step.decode)
+        ids = [np.array([d.token for d in step.decode], dtype=np.int64)]
+        positions = [np.array([d.sequence.computed for d in step.decode], dtype=np.int64)]
+        chunks: list[PrefillChunk] = []
+        token_start = num_decode
+        for index, chunk in enumerate(step.chunks):
+            size = len(chunk.tokens)
+            begin = chunk.sequence.computed - size
+            ids.append(chunk.tokens.astype(np.int64))
+            positions.append(np.arange(begin, begin + size))
+            uniform = chunk.sequence.view.uniform_length
+            chunks.append(PrefillChunk(token_start, size, begin, index, uniform))
+            token_start += size
+        attention = self.backend.begin(self._attention_step(step, chunks))
+        return self.model.forward(
+            torch.from_numpy(np.concatenate(ids)).to(self.device),
+            torch.from_numpy(np.concatenate(positions)).to(self.device),
+            attention,
+        )
+
+    def _attention_step(self, step: StepInput, chunks: Many[PrefillChunk]) -> AttentionStep:
+        views = self.cache.views
+        decode = prefill = None
+        new_slots: list[Tensor] = []
+        if step.decode:
+            indices = self._indices([d.sequence.view.index for d in step.decode])
+            self.cache.step([d.sequence for d in step.decode], indices)
+            decode = views.lists(indices)
+            new_slots.append(views.last_slots(decode).transpose(0, 1))
+        if step.chunks:
+            indices = self._indices([c.sequence.view.index for c in step.chunks])
+            prefill = views.lists(indices)
+            heads = (self.shape.num_layers, self.shape.num_kv_heads, -1)
+            new_slots += [c.slots.view(heads).transpose(1, 2) for c in step.chunks]
+        return AttentionStep(
+            num_decode=len(step.decode),
+            decode=decode,
+            chunks=chunks,
+            prefill=prefill,
+            new_slots=torch.cat(new_slots, dim=1),
+        )
+
+    def _indices(self, indices: list[int]) -> Tensor:
+        return torch.tensor(indices, dtype=torch.int64, device=self.device)

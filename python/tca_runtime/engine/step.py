@@ -1,0 +1,87 @@
+"""What one forward pass takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tca_runtime.cache.radix_tree import Tokens
+from tca_runtime.cache.sequence import Sequence
+from tca_runtime.engine.sampler import RowSampling
+from tca_runtime.messages import TokenLogprob
+
+
+@dataclass(frozen=True)
+class LogprobWish:
+    """Log-probabilities wanted of one sampled token or of prompt tokens."""
+
+    top_k: int = 0
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class DecodeInput:
+    """One running request: feed its newest token."""
+
+    sequence: Sequence
+    token: int
+    sampling: RowSampling
+    logprobs: LogprobWish | None = None
+
+
+@dataclass(frozen=True)
+class ChunkInput:
+    """Consecutive prompt tokens of one request, their slots already taken.
+
+    Attributes
+    ----------
+    slots : int32 ``[rows, n]``
+    sampling : set on the last chunk, which samples the request's next token
+    prompt_offset, prompt_targets : the tokens from ``prompt_offset`` on predict these ids, whose
+        logprobs are wanted
+    """
+
+    sequence: Sequence
+    tokens: Tokens
+    slots: Tensor
+    sampling: RowSampling | None = None
+    logprobs: LogprobWish | None = None
+    prompt_offset: int = 0
+    prompt_targets: Tokens | None = None
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """Decode requests first, then prefill chunks; either may be empty."""
+
+    decode: Many[DecodeInput]
+    chunks: Many[ChunkInput]
+
+
+@dataclass(frozen=True)
+class PositionLogprobs:
+    """Logprob of one token, and of the other candidates asked for, best first."""
+
+    token: TokenLogprob
+    top: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Results in input order.
+
+    Attributes
+    ----------
+    decode_tokens : one per decode request
+    chunk_tokens : one per chunk, None where the chunk did not sample
+    decode_logprobs, chunk_logprobs : of those tokens, None where not wanted
+    prompt_logprobs : per chunk, one entry per prompt target
+    """
+
+    decode_tokens: list[int]
+    chunk_tokens: list[int | None]
+    decode_logprobs: list[PositionLogprobs | None]
+    chunk_logprobs: list[PositionLogprobs | None]
+    prompt_logprobs: list[list[PositionLogprobs]]

@@ -1,0 +1,118 @@
+"""Questions and commands about the whole scheduler, and the figures it reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tca_runtime.messages import Control, ControlReply
+from tca_runtime.scheduler.planner import StepPlan
+
+if TYPE_CHECKING:
+    from tca_runtime.engine.engine import Engine
+    from tca_runtime.scheduler.scheduler import Scheduler
+
+# Generation throughput is averaged over this many seconds.
+RATE_WINDOW = 5.0
+
+
+class ControlHandler:
+    """Answers ``Control`` messages between steps, when no step is in flight."""
+
+    def __init__(self, scheduler: Scheduler, engine: Engine) -> None:
+        self._scheduler = scheduler
+        self._engine = engine
+        self._generated: deque[tuple[float, int]] = deque()
+        self._profiler: torch.profiler.profile | None = None
+        self._trace_path = Path()
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.generated_tokens = 0
+        self.num_steps = 0
+        self.step_seconds = 0.0
+
+    def handle(self, message: Control) -> ControlReply:
+        try:
+            text, payload = getattr(self, f"_{message.action}")(message.args)
+        except (ValueError, OSError) as error:
+            return ControlReply(call_id=message.call_id, ok=False, message=str(error))
+        return ControlReply(call_id=message.call_id, ok=True, message=text, payload=payload)
+
+    def record_step(self, plan: StepPlan, seconds: float) -> None:
+        """Count what a step did."""
+        now = time.monotonic()
+        tokens = len(plan.decode) + sum(c.end == c.request.num_prompt for c in plan.chunks)
+        for chunk in plan.chunks:
+            self.prompt_tokens += chunk.end - chunk.begin
+            if chunk.request.sequence is not None and chunk.begin == chunk.request.cached_tokens:
+                self.cached_tokens += chunk.begin
+        self.generated_tokens += tokens
+        self.num_steps += 1
+        self.step_seconds += seconds
+        self._generated.append((now, tokens))
+        while self._generated and now - self._generated[0][0] > RATE_WINDOW:
+            self._generated.popleft()
+
+    def state(self) -> dict[str, Any]:
+        """Everything the tokenizer process shows on ``/server_info``, ``/get_load``, ``/metrics``."""
+        planner, cache = self._scheduler.planner, self._engine.cache
+        computed = self.prompt_tokens + self.cached_tokens
+        return {
+            "num_running_reqs": len(planner.running) + len(planner.prefilling),
+            "num_waiting_reqs": len(planner.waiting),
+            "num_waiting_tokens": sum(r.num_tokens for r in planner.waiting),
+            "num_retractions": planner.num_retractions,
+            "reclaimed_slots": dataclasses.asdict(cache.reclaimer.counts),
+            "max_total_num_tokens": cache.capacity_tokens,
+            "available_tokens": cache.available_tokens,
+            "prompt_tokens_total": computed,
+            "cached_tokens_total": self.cached_tokens,
+            "generation_tokens_total": self.generated_tokens,
+            "num_steps": self.num_steps,
+            "step_seconds_total": self.step_seconds,
+            "cache_hit_rate": self.cached_tokens / computed if computed else 0.0,
+            "gen_throughput": self._throughput(),
+            "kv_cache": dataclasses.asdict(cache.usage()),
+        }
+
+    def _throughput(self) -> float:
+        recent = [t for t in self._generated if time.monotonic() - t[0] <= RATE_WINDOW]
+        return sum(tokens for _, tokens in recent) / RATE_WINDOW
+
+    def _flush_cache(self, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        if not self._scheduler.planner.is_idle:
+            raise ValueError("requests are running or waiting; the cache was not flushed")
+        self._engine.cache.flush()
+        return "cache flushed", {}
+
+    def _state(self, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        return "", self.state()
+
+    def _tree(self, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        nodes = [
+            {"tokens": len(node.tokens), "slots": node.slots.num_slots, "hits": node.hits}
+            for node in self._engine.cache.tree.nodes()
+        ]
+        return "", {"nodes": nodes}
+
+    def _start_profile(self, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        if self._profiler is not None:
+            raise ValueError("a profile is being recorded already")
+        self._trace_path = Path(args.get("output_dir") or ".") / f"trace-{int(time.time())}.json"
+        self._trace_path.parent.mkdir(parents=True, exist_ok=True)
+        self._profiler = torch.profiler.profile()
+        self._profiler.start()
+        return f"recording to {self._trace_path}", {}
+
+    def _stop_profile(self, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        if self._profiler is None:
+            raise ValueError("no profile is being recorded")
+        self._profiler.stop()
+        self._profiler.export_chrome_trace(str(self._trace_path))
+        self._profiler = None
+        return f"wrote {self._trace_path}", {"path": str(self._trace_path)}

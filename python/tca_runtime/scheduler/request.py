@@ -1,0 +1,105 @@
+"""One request as the scheduler sees it."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tca_runtime.cache.radix_tree import Tokens
+from tca_runtime.cache.sequence import Sequence
+from tca_runtime.engine.grammar import CompiledGrammar, GrammarMatcher
+from tca_runtime.engine.sampler import RowSampling
+from tca_runtime.engine.step import LogprobWish, PositionLogprobs
+from tca_runtime.messages import FinishReason, GenerateRequest
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt, its output so far, and its hold on the cache.
+
+    ``tokens[: num_tokens]`` is prompt + output. K and V of the newest sampled token are not
+    computed before the next step, so a running request has ``sequence.computed == num_tokens - 1``.
+
+    Attributes
+    ----------
+    arrival : order of arrival; a retracted request keeps it
+    max_new_tokens : what the client asked for, limited by context and cache
+    finish : set once the request must end; one place in the scheduler acts on it
+    sequence : hold on the cache, None while waiting
+    skipped : admissions that passed this request by
+    """
+
+    message: GenerateRequest
+    arrival: int
+    max_new_tokens: int
+    sampling: RowSampling
+    tokens: Tokens
+    num_prompt: int
+    num_tokens: int
+    finish: FinishReason | None = None
+    sequence: Sequence | None = None
+    cached_tokens: int | None = None
+    num_retractions: int = 0
+    skipped: int = 0
+    num_sent: int = 0
+    grammar: Future[CompiledGrammar] | None = None
+    matcher: GrammarMatcher | None = None
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    output_logprobs: list[PositionLogprobs] = field(default_factory=list)
+
+    @property
+    def rid(self) -> str:
+        return self.message.rid
+
+    @property
+    def namespace(self) -> str:
+        return self.message.extra_key or ""
+
+    @property
+    def num_output(self) -> int:
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def all_tokens(self) -> Tokens:
+        return self.tokens[: self.num_tokens]
+
+    @property
+    def missing(self) -> int:
+        """Tokens whose K and V must be computed before the next one can be sampled."""
+        return self.num_tokens - (self.sequence.computed if self.sequence else 0)
+
+    @property
+    def logprob_start(self) -> int:
+        """First prompt position whose logprob is wanted; the prompt's length when none is."""
+        wish = self.message.logprobs
+        return self.num_prompt if wish is None else min(wish.start, self.num_prompt)
+
+    @property
+    def wish(self) -> LogprobWish | None:
+        wish = self.message.logprobs
+        return None if wish is None else LogprobWish(wish.top_k, wish.token_ids)
+
+    @property
+    def reusable_tokens(self) -> int:
+        """How much of a cached prefix this request may skip.
+
+        The token before each position whose logits are wanted has to be computed.
+        """
+        if self.num_output:
+            return self.num_tokens - 1
+        if self.logprob_start < self.num_prompt:
+            return max(self.logprob_start - 1, 0)
+        return self.num_tokens - (1 if self.max_new_tokens else 0)
+
+    def append(self, token: int) -> None:
+        self.tokens[self.num_tokens] = token
+        self.num_tokens += 1
+
+
+def token_buffer(prompt: Tokens, max_new_tokens: int) -> Tokens:
+    """The prompt with room for the output behind it."""
+    tokens = np.empty(len(prompt) + max_new_tokens, dtype=np.int32)
+    tokens[: len(prompt)] = prompt
+    return tokens

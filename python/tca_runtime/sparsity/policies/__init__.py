@@ -1,0 +1,38 @@
+"""Selection policies by name. To add one: a dataclass with ``rank``, and a line here."""
+
+from __future__ import annotations
+
+from tca_runtime.sparsity.policies.base import Candidates, SelectionPolicy
+from tca_runtime.sparsity.policies.baselines import (
+    ExpectedAttentionPolicy,
+    FullPolicy,
+    KeyDiffPolicy,
+    SnapKVPolicy,
+    StreamingPolicy,
+)
+from tca_runtime.sparsity.policies.tca import TCAPolicy
+
+POLICIES: dict[str, type[SelectionPolicy]] = {
+    "tca": TCAPolicy,
+    "snapkv": SnapKVPolicy,
+    "keydiff": KeyDiffPolicy,
+    "expected-attention": ExpectedAttentionPolicy,
+    "streaming": StreamingPolicy,
+    "full": FullPolicy,
+}
+
+
+def create_policy(name: str) -> SelectionPolicy:
+    """A policy with its default parameters.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name; lists the known ones.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"unknown selection policy {name!r}; known: {', '.join(POLICIES)}")
+    return POLICIES[name]()
+
+
+__all__ = ["POLICIES", "Candidates", "SelectionPolicy", "create_policy"]

@@ -1,0 +1,143 @@
+"""What sparsity a server runs with, and the calibration file it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from tca_runtime.sparsity.budget import BudgetTable
+from tca_runtime.sparsity.policies import SelectionPolicy
+
+FORMAT_VERSION = 1
+
+
+class ConfigurationError(ValueError):
+    """A calibration file that cannot be used with this model; the message says what differs."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What of a model a calibration depends on. ``fingerprint`` hashes a sample of its weights."""
+
+    fingerprint: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class PhaseBudget(msgspec.Struct, frozen=True, kw_only=True):
+    """Budgets of one phase (prefill views, or decode views): lists are ``[L][Hkv]``."""
+
+    mu: list[list[float]]
+    sigma: list[list[float]]
+    keep_ratio: list[list[float]] = []
+    retained_mass: list[list[float]] = []
+
+    def table(self, block: int) -> BudgetTable:
+        mu = np.array(self.mu, dtype=np.float64)
+        return BudgetTable(mu, np.array(self.sigma, dtype=np.float64), block)
+
+
+class CalibrationFile(msgspec.Struct, frozen=True, kw_only=True):
+    """The JSON that ``tca_runtime.calibrate`` writes."""
+
+    version: int
+    model: str
+    fingerprint: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block: int
+    window: int
+    probes: int
+    threshold: float
+    objective: str
+    data_sha256: str
+    seed: int
+    prefill: PhaseBudget
+    decode: PhaseBudget
+    report: dict[str, Any] = {}
+
+    @staticmethod
+    def load(path: Path) -> CalibrationFile:
+        """Read a file.
+
+        Raises
+        ------
+        ConfigurationError
+            When it is missing, not such a file, or of another version.
+        """
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=CalibrationFile)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ConfigurationError(
+                f"cannot read the TCA configuration {path}: {error}"
+            ) from error
+        if found.version != FORMAT_VERSION:
+            raise ConfigurationError(
+                f"{path} has format version {found.version}, this runtime reads {FORMAT_VERSION}"
+            )
+        return found
+
+    def check(self, identity: ModelIdentity, path: Path) -> None:
+        """Raise ConfigurationError naming the first thing that does not fit the model."""
+        for name in ("num_layers", "num_kv_heads", "head_dim", "fingerprint"):
+            mine, theirs = getattr(self, name), getattr(identity, name)
+            if mine != theirs:
+                raise ConfigurationError(
+                    f"{path} was calibrated for another model: {name} is {mine} there, "
+                    f"{theirs} in the model being served"
+                )
+        for phase, budget in (("prefill", self.prefill), ("decode", self.decode)):
+            shape = np.shape(np.array(budget.mu, dtype=object))
+            if shape[:2] != (self.num_layers, self.num_kv_heads):
+                raise ConfigurationError(f"{path}: {phase} budgets have shape {shape}")
+
+
+@dataclass(frozen=True, eq=False)
+class SparsitySettings:
+    """Selection as the engine runs it.
+
+    Attributes
+    ----------
+    policy : ranks candidates
+    prefill, decode : budgets of the views used while a prompt is computed, and after it
+    window : latest tokens that are never candidates; the window's start is aligned down to a
+        block, so candidates are whole blocks
+    probes : latest queries that score (1 is the paper)
+    min_candidates : below this many droppable tokens everything is kept
+    granularity : a chunk is split so that this many queries at most share a selection
+    refresh : generated tokens after which a decode view is selected anew
+    """
+
+    policy: SelectionPolicy
+    prefill: BudgetTable
+    decode: BudgetTable
+    window: int = 512
+    probes: int = 32
+    min_candidates: int = 512
+    granularity: int = 2048
+    refresh: int = 1024
+
+    @property
+    def block(self) -> int:
+        return self.decode.block
+
+    def num_candidates(self, num_past: int) -> int:
+        """How many of ``num_past`` tokens may be dropped: whole blocks outside the window."""
+        count = max(0, num_past - self.window) // self.block * self.block
+        return count if count >= self.min_candidates else 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything that decides what a cache pruned under these settings holds."""
+        digest = hashlib.sha256(repr(self.policy).encode())
+        for table in (self.prefill, self.decode):
+            digest.update(table.mu.tobytes() + table.sigma.tobytes())
+        digest.update(repr((self.window, self.probes, self.min_candidates, self.block)).encode())
+        return digest.hexdigest()[:16]

@@ -51,7 +51,9 @@ def expected_output(prompt: Sequence[int], max_new_tokens: int) -> list[int]:
 class FakeEngine:
     """Stores each token's id as its key and predicts from the ids its view reads back."""
 
-    def __init__(self, capacity_tokens: int, max_requests: int, share_prefixes: bool = True) -> None:
+    def __init__(
+        self, capacity_tokens: int, max_requests: int, share_prefixes: bool = True
+    ) -> None:
         cpu = torch.device("cpu")
         pool = SlotPool(capacity_tokens * ROWS + 1, 1, torch.float32, cpu)
         arena = 4 * (capacity_tokens + 600) * ROWS

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tca_runtime.cache.manager import CacheManager
 from tca_runtime.config import SchedulerArgs
+from tca_runtime.messages import FinishReason
 from tca_runtime.scheduler.request import Request
 from tca_runtime.scheduler.waiting import WaitingQueue, find_prefix
 
@@ -82,7 +83,7 @@ class StepPlanner:
         self._admit(budget, chunks)
         if not chunks and not decode and self.running:
             decode = self._plan_decode()
-        if not chunks and not decode and self.prefilling:
+        if not chunks and not decode and any(r.finish is None for r in self.prefilling):
             # Half-computed prompts block one another: the newest gives way.
             self._retract(max(self.prefilling, key=lambda r: r.arrival))
         return StepPlan(decode, chunks)
@@ -162,6 +163,9 @@ class StepPlanner:
             self._cache.release(request.namespace, sequence, request.tokens[: match.num_tokens])
             return False
         request.sequence = sequence
+        if not missing:
+            # Nothing to compute and nothing to sample: the whole prompt was cached.
+            request.finish = FinishReason("length", length=0)
         if request.cached_tokens is None:
             request.cached_tokens = match.num_tokens
         return True

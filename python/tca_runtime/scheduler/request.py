@@ -9,7 +9,7 @@ import numpy as np
 
 from tca_runtime.cache.radix_tree import Tokens
 from tca_runtime.cache.sequence import Sequence
-from tca_runtime.engine.grammar import CompiledGrammar, GrammarMatcher
+from tca_runtime.engine.grammar import CompiledGrammar
 from tca_runtime.engine.sampler import RowSampling
 from tca_runtime.engine.step import LogprobWish, PositionLogprobs
 from tca_runtime.messages import FinishReason, GenerateRequest
@@ -45,7 +45,6 @@ class Request:
     skipped: int = 0
     num_sent: int = 0
     grammar: Future[CompiledGrammar] | None = None
-    matcher: GrammarMatcher | None = None
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     output_logprobs: list[PositionLogprobs] = field(default_factory=list)
 

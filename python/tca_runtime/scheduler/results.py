@@ -15,7 +15,8 @@ def check_finish(request: Request, eos_ids: frozenset[int]) -> FinishReason | No
         return FinishReason("stop", matched=token)
     if request.num_output >= request.max_new_tokens:
         return FinishReason("length", length=request.num_output)
-    if request.matcher is not None and request.matcher.is_terminated:
+    matcher = request.sampling.matcher
+    if matcher is not None and matcher.is_terminated:
         return FinishReason("stop", matched=token)
     return None
 

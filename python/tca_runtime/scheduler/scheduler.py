@@ -6,13 +6,12 @@ import itertools
 import logging
 import random
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tca_runtime.channels import Receiver, Sender
 from tca_runtime.config import RuntimeConfig
-from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.grammar import GrammarCompiler, GrammarError
 from tca_runtime.engine.sampler import RowSampling
 from tca_runtime.engine.step import (
@@ -36,6 +35,9 @@ from tca_runtime.scheduler.control import ControlHandler
 from tca_runtime.scheduler.planner import PlannedChunk, StepPlan, StepPlanner
 from tca_runtime.scheduler.request import Request, token_buffer
 from tca_runtime.scheduler.results import check_finish, take_output
+
+if TYPE_CHECKING:
+    from tca_runtime.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +209,10 @@ class Scheduler:
 
     def _append(self, request: Request, token: int, entry: PositionLogprobs | None) -> None:
         request.append(token)
-        request.sampling.accept(token)
+        try:
+            request.sampling.accept(token)
+        except GrammarError as error:
+            request.finish = FinishReason("abort", message=str(error), status=error.status)
         if entry is not None:
             request.output_logprobs.append(entry)
         if request.finish is None:
@@ -232,7 +237,7 @@ class Scheduler:
             try:
                 request.sampling.matcher = request.grammar.result().matcher()
             except GrammarError as error:
-                request.finish = FinishReason("abort", message=str(error), status=400)
+                request.finish = FinishReason("abort", message=str(error), status=error.status)
             request.grammar = None
 
     def _idle_check(self) -> None:

@@ -75,11 +75,30 @@ class AttentionArgs:
 
 @dataclass(frozen=True)
 class SparsityArgs:
-    """TCA-Attention."""
+    """TCA-Attention: per-head core context."""
 
     disable_tca: bool = _option(False, "plain full attention")
     tca_config: str | None = _option(
-        None, "calibration file, or 'uniform:RATIO'; known models have one by default"
+        None,
+        "calibration file, 'uniform:RATIO' or 'uniform:PREFILL,DECODE'; known models have one",
+    )
+    tca_threshold: float = _option(0.9, "which of a known model's configurations is used")
+    tca_policy: str = _option(
+        "tca",
+        "what ranks tokens",
+        choices=("tca", "snapkv", "keydiff", "expected-attention", "streaming", "full"),
+    )
+    tca_probes: int | None = _option(None, "latest queries that score (1 is the paper)")
+    tca_window: int | None = _option(None, "latest tokens that are never dropped")
+    tca_min_candidates: int = _option(512, "below this many droppable tokens all are kept")
+    tca_refresh: int = _option(1024, "generated tokens between selections of a decode view")
+    tca_retention: str = _option(
+        "on-pressure",
+        "when unselected slots leave the device",
+        choices=("on-pressure", "immediate", "never"),
+    )
+    host_cache_size: float | None = _option(
+        None, "GiB of host memory for demoted slots; 0 is off, default a share of what is free"
     )
 
 
@@ -120,9 +139,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RuntimeConfig:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    groups: dict[str, type[Any]] = {
-        name: cls for name, cls in get_type_hints(RuntimeConfig).items()
-    }
+    groups: dict[str, type[Any]] = get_type_hints(RuntimeConfig)
     for name, cls in groups.items():
         _add_group(parser.add_argument_group(name, cls.__doc__), cls)
     values = vars(parser.parse_args(argv))

@@ -95,14 +95,14 @@ async def serve(config: RuntimeConfig, addresses: Addresses, listener: socket.so
 async def _wait_until_ready(
     inbox: AsyncReceiver[ToTokenizer], scheduler: BaseProcess
 ) -> dict[str, object]:
-    died = asyncio.get_running_loop().run_in_executor(None, scheduler.join)
     while True:
-        message = asyncio.ensure_future(inbox.receive())
-        await asyncio.wait({message, died}, return_when=asyncio.FIRST_COMPLETED)
-        if not message.done():
-            message.cancel()
-            raise StartupError(f"the scheduler exited with status {scheduler.exitcode}")
-        received = message.result()
+        try:
+            received = await asyncio.wait_for(inbox.receive(), timeout=0.5)
+        except TimeoutError:
+            if scheduler.is_alive():
+                continue
+            status = scheduler.exitcode
+            raise StartupError(f"the scheduler exited with status {status}") from None
         if isinstance(received, SchedulerReady):
             return received.info
         if isinstance(received, SchedulerFailed):

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tca_runtime.cache.manager import CacheManager
+from tca_runtime.cache.radix_tree import Namespace
 from tca_runtime.cache.sequence import Sequence
 from tca_runtime.cache.slot_pool import OutOfSlotsError, SlotPool
 from tca_runtime.cache.views import ViewTable
 
 LAYERS, HEADS, CAPACITY = 2, 2, 60
 ROWS = LAYERS * HEADS
+NAMESPACES = [Namespace(), Namespace("other", prunable=False)]
 CPU = torch.device("cpu")
 
 
@@ -33,7 +35,7 @@ def prefix_value(tokens: np.ndarray, row: int) -> float:
 
 @dataclass(eq=False)
 class Running:
-    namespace: str
+    namespace: Namespace
     tokens: np.ndarray
     sequence: Sequence
     salt: str = field(default="")
@@ -70,8 +72,12 @@ class CacheMachine(RuleBasedStateMachine):
     def pick(self, data: st.DataObject) -> Running:
         return self.running[data.draw(st.integers(0, len(self.running) - 1))]
 
-    @rule(prompt=prompts, namespace=st.sampled_from(["", "other"]), chunk=st.integers(1, 9))
-    def admit(self, prompt: list[int], namespace: str, chunk: int) -> None:
+    @rule(
+        prompt=prompts,
+        namespace=st.sampled_from([Namespace(), Namespace("other", False)]),
+        chunk=st.integers(1, 9),
+    )
+    def admit(self, prompt: list[int], namespace: Namespace, chunk: int) -> None:
         tokens = np.array(prompt, dtype=np.int32)
         match = self.manager.match(namespace, tokens[:-1])
         missing = len(tokens) - match.num_tokens
@@ -134,7 +140,9 @@ CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=4
 test_cache_machine = CacheMachine.TestCase
 
 
-def run_prompt(manager: CacheManager, prompt: list[int], namespace: str = "") -> int:
+def run_prompt(
+    manager: CacheManager, prompt: list[int], namespace: Namespace = NAMESPACES[0]
+) -> int:
     """Prefill, commit and release a prompt; returns how many tokens were cached."""
     tokens = np.array(prompt, dtype=np.int32)
     sequence = manager.begin(manager.match(namespace, tokens), len(tokens))
@@ -152,7 +160,7 @@ def test_prefix_is_shared_within_a_namespace_only() -> None:
     manager = make_manager()
     assert run_prompt(manager, [1, 2, 3, 4]) == 0
     assert run_prompt(manager, [1, 2, 9]) == 2
-    assert run_prompt(manager, [1, 2, 3, 4], namespace="tenant") == 0
+    assert run_prompt(manager, [1, 2, 3, 4], namespace=Namespace("tenant")) == 0
     assert run_prompt(manager, [1, 2, 3, 4]) == 4
 
 
@@ -162,8 +170,8 @@ def test_eviction_takes_oldest_tail_first() -> None:
     run_prompt(manager, [2, 2, 2, 2, 2, 2])
     run_prompt(manager, [1, 1, 1, 1, 1, 1])
     run_prompt(manager, [3] * 12)
-    twos = manager.match("", np.array([2] * 6, np.int32)).num_tokens
-    ones = manager.match("", np.array([1] * 6, np.int32)).num_tokens
+    twos = manager.match(Namespace(), np.array([2] * 6, np.int32)).num_tokens
+    ones = manager.match(Namespace(), np.array([1] * 6, np.int32)).num_tokens
     assert (twos, ones) == (2, 6)
     assert manager.reclaimer.counts.evicted == 4 * ROWS
 
@@ -171,32 +179,32 @@ def test_eviction_takes_oldest_tail_first() -> None:
 def test_locked_prefix_is_never_evicted() -> None:
     manager = make_manager(tokens=10)
     tokens = np.arange(6, dtype=np.int32)
-    sequence = manager.begin(manager.match("", tokens), 6)
+    sequence = manager.begin(manager.match(Namespace(), tokens), 6)
     assert sequence is not None
     manager.extend(sequence, 6)
-    manager.commit("", sequence, tokens)
+    manager.commit(Namespace(), sequence, tokens)
     assert manager.available_tokens == 4
     with pytest.raises(OutOfSlotsError):
         manager.extend(sequence, 5)
     manager.flush()
-    assert manager.match("", tokens).num_tokens == 6
+    assert manager.match(Namespace(), tokens).num_tokens == 6
 
 
 def test_concurrent_same_prompt_keeps_one_copy_in_the_tree() -> None:
     manager = make_manager()
     tokens = np.arange(5, dtype=np.int32)
-    both = [manager.begin(manager.match("", tokens), 5) for _ in range(2)]
+    both = [manager.begin(manager.match(Namespace(), tokens), 5) for _ in range(2)]
     for sequence in both:
         assert sequence is not None
         manager.extend(sequence, 5)
     for sequence in both:
         assert sequence is not None
-        manager.commit("", sequence, tokens)
+        manager.commit(Namespace(), sequence, tokens)
     usage = manager.usage()
     assert (usage.tree_slots, usage.running_slots) == (5 * ROWS, 5 * ROWS)
     for sequence in both:
         assert sequence is not None
-        manager.release("", sequence, tokens)
+        manager.release(Namespace(), sequence, tokens)
     manager.check()
     assert manager.usage().running_slots == 0
 

@@ -60,6 +60,7 @@ class FakeEngine:
         views = ViewTable(max_requests, LAYERS, HEADS, arena, cpu)
         self.cache = CacheManager(pool, views, share_prefixes)
         self.model_config = SimpleNamespace(eos_token_ids=(EOS,))
+        self.sparsity = None
         self.steps: list[StepInput] = []
 
     def run(self, step: StepInput) -> StepOutput:
@@ -84,6 +85,7 @@ class FakeEngine:
             prompt_logprobs=[
                 [PositionLogprobs((0.0, int(t))) for t in self.targets(c)] for c in step.chunks
             ],
+            decode_views=[None] * len(step.chunks),
         )
 
     @staticmethod

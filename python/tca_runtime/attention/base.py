@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -75,6 +77,40 @@ class SlotLists:
     length: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class HeadLists:
+    """Slot lists of one layer of one request, one head after the other.
+
+    Attributes
+    ----------
+    slots : int32 ``[sum(lengths)]``
+    lengths : int64 ``[Hkv]``, on the host
+    """
+
+    slots: Tensor
+    lengths: NDArray[np.int64]
+
+    @property
+    def begins(self) -> NDArray[np.int64]:
+        """Where each head's list begins: int64 ``[Hkv]``."""
+        return np.asarray(self.lengths.cumsum() - self.lengths)
+
+    def per_head(self) -> Sequence[Tensor]:
+        return torch.split(self.slots, self.lengths.tolist())
+
+
+class ViewChooser(Protocol):
+    """Decides, layer by layer, what of its past a prefill chunk attends to."""
+
+    def __call__(self, layer: int, chunk: int, q: Tensor) -> HeadLists | None:
+        """Past of chunk number ``chunk``, without the chunk's own tokens; None for all of it.
+
+        Called once per layer and chunk, after the layer's K and V are in their slots; ``q``
+        (``[n, Hq, D]``) are the chunk's queries.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class PrefillChunk:
     """A run of consecutive prompt tokens of one request.
@@ -105,6 +141,7 @@ class AttentionStep:
     chunks : prefill chunks, in token order
     prefill : lists of the chunks' requests, or None
     new_slots : int32 ``[L, T, Hkv]``, where each token's K and V go
+    choose_view : None when chunks attend to their whole past
     """
 
     num_decode: int
@@ -112,6 +149,7 @@ class AttentionStep:
     chunks: Sequence[PrefillChunk]
     prefill: SlotLists | None
     new_slots: Tensor
+    choose_view: ViewChooser | None = None
 
 
 class AttentionBackend(ABC):

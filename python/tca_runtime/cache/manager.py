@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tca_runtime.cache.head_slots import HeadSlots
-from tca_runtime.cache.radix_tree import PrefixMatch, RadixTree, Tokens
+from tca_runtime.cache.radix_tree import Namespace, PrefixMatch, RadixTree, Tokens
 from tca_runtime.cache.reclaim import CoreChooser, Reclaimer
 from tca_runtime.cache.sequence import Sequence
 from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.cache.views import ViewTable
+
+logger = logging.getLogger(__name__)
 
 # Slots for generated tokens are taken this many tokens at a time: one allocation and one write
 # into the view per block instead of per step.
@@ -81,7 +86,7 @@ class CacheManager:
     def capacity_tokens(self) -> int:
         return self.pool.capacity // self.rows
 
-    def match(self, namespace: str, tokens: Tokens) -> PrefixMatch:
+    def match(self, namespace: Namespace, tokens: Tokens) -> PrefixMatch:
         """Look up the longest cached prefix; changes nothing."""
         return self.tree.match(namespace, tokens if self.share_prefixes else tokens[:0])
 
@@ -139,7 +144,7 @@ class CacheManager:
         for sequence in sequences:
             sequence.computed += 1
 
-    def commit(self, namespace: str, sequence: Sequence, tokens: Tokens) -> None:
+    def commit(self, namespace: Namespace, sequence: Sequence, tokens: Tokens) -> None:
         """Put the computed tokens into the tree while the request runs on.
 
         ``tokens`` are the request's first ``sequence.computed`` ids. The view is unchanged: where
@@ -156,7 +161,7 @@ class CacheManager:
         sequence.handle = self.tree.lock(self.tree.match(namespace, tokens))
         self.tree.unlock(old)
 
-    def release(self, namespace: str, sequence: Sequence, tokens: Tokens) -> None:
+    def release(self, namespace: Namespace, sequence: Sequence, tokens: Tokens) -> None:
         """End a sequence: its computed tokens go to the tree, all other slots to the pool.
 
         ``tokens``: the request's first ``sequence.computed`` ids; pass none to cache nothing.
@@ -182,6 +187,39 @@ class CacheManager:
             owned = HeadSlots.full(sequence.handle.num_tokens, torch.cat(sequence.blocks, dim=1))
             parts.append(owned.split(sequence.computed)[0])
         return parts
+
+    def show(self, sequence: Sequence, lengths: NDArray[np.int64], slots: Tensor) -> None:
+        """Let a sequence attend to ``slots`` only (row after row), and to what follows.
+
+        Without room for the new lists it keeps seeing what it saw.
+        """
+        assert sequence.allocated == sequence.computed
+        if not self.views.replace(sequence.view, lengths, slots, VIEW_GROWTH):
+            logger.warning("the view arena is full: a request keeps its old view")
+
+    def prune(self, sequence: Sequence, lists: HeadSlots, keep: Tensor) -> None:
+        """Drop for good what a committed sequence's view does not show.
+
+        ``lists`` and ``keep`` cover its tokens from 0. Nodes that others use too stay whole.
+        """
+        for node in self.tree.path(sequence.handle):
+            begin, end = node.slots.begin, node.slots.end
+            inside = keep[(lists.positions >= begin) & (lists.positions < end)]
+            if node.locks == 1 and len(inside) == node.slots.num_slots:
+                self.reclaimer.prune(node, inside)
+
+    def recompute_tail(self, sequence: Sequence, num_tokens: int) -> Tensor:
+        """Slots of the last ``num_tokens`` tokens, the newest one's taken now: ``[rows, n]``.
+
+        The others are computed anew into the slots they have. Reserved slots are given back.
+        """
+        owned = torch.cat(sequence.blocks, dim=1)
+        used = sequence.computed - sequence.handle.num_tokens
+        self.pool.free(owned[:, used:])
+        sequence.blocks = [owned[:, :used]]
+        sequence.view.prepared = 0
+        newest = self.extend(sequence, 1)
+        return torch.cat([owned[:, used - num_tokens + 1 : used], newest], dim=1)
 
     def flush(self) -> None:
         """Drop every unlocked prefix."""

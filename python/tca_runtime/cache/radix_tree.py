@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,17 @@ from tca_runtime.cache.lru import LruQueue
 Tokens = NDArray[np.int32]
 
 
+class Namespace(NamedTuple):
+    """Prefixes are shared within a namespace only.
+
+    ``prunable``: requests of it attend to selected views anyway, so its cold prefixes may shrink
+    to their core context; those of requests with full attention may not.
+    """
+
+    key: str = ""
+    prunable: bool = True
+
+
 class RadixNode:
     """A run of tokens after its parent's.
 
@@ -28,6 +39,7 @@ class RadixNode:
     slots : what the device holds of these tokens
     host : what was demoted to the host tier; disjoint from ``slots``
     locks : handles at or below this node
+    prunable : of its namespace
     settled : nothing more of it can be pruned
     """
 
@@ -38,6 +50,7 @@ class RadixNode:
         "last_access",
         "locks",
         "parent",
+        "prunable",
         "settled",
         "slots",
         "tokens",
@@ -52,6 +65,7 @@ class RadixNode:
         self.locks = 0
         self.last_access = 0
         self.hits = 0
+        self.prunable: bool = parent is None or parent.prunable
         self.settled = False
 
     @property
@@ -94,7 +108,7 @@ class RadixTree:
     """
 
     def __init__(self) -> None:
-        self._roots: dict[str, RadixNode] = {}
+        self._roots: dict[Namespace, RadixNode] = {}
         self._clock = itertools.count(1)
         self.leaves = LruQueue(lambda n: self._is_idle(n) and n.is_leaf)
         self.full = LruQueue(lambda n: self._is_idle(n) and not n.settled and n.state == "full")
@@ -113,7 +127,7 @@ class RadixTree:
         """Device slots of unlocked nodes."""
         return self.num_slots - self.locked_slots
 
-    def match(self, namespace: str, tokens: Tokens) -> PrefixMatch:
+    def match(self, namespace: Namespace, tokens: Tokens) -> PrefixMatch:
         """Find the longest cached prefix of ``tokens`` in O(its length)."""
         node = self._root(namespace)
         offset = matched = 0
@@ -153,7 +167,7 @@ class RadixTree:
         """The nodes of a locked prefix, root first."""
         return list(_path(handle.node))[::-1]
 
-    def insert(self, namespace: str, tokens: Tokens, value: HeadSlots) -> list[HeadSlots]:
+    def insert(self, namespace: Namespace, tokens: Tokens, value: HeadSlots) -> list[HeadSlots]:
         """Add ``value``, which covers the end of ``tokens``; the tree takes its slots.
 
         ``tokens[: value.begin]`` must be in the tree already. What the tree holds of the rest
@@ -210,7 +224,7 @@ class RadixTree:
             if node.parent is not None:
                 yield node
 
-    def namespaces(self) -> dict[str, RadixNode]:
+    def namespaces(self) -> dict[Namespace, RadixNode]:
         """The roots, whose children are the first runs of tokens."""
         return self._roots
 
@@ -233,11 +247,12 @@ class RadixTree:
         assert hosted == self.num_host_slots, "host counters drifted"
         assert locked == self.locked_slots, "lock counters drifted"
 
-    def _root(self, namespace: str) -> RadixNode:
+    def _root(self, namespace: Namespace) -> RadixNode:
         root = self._roots.get(namespace)
         if root is None:
             nothing = np.empty(0, np.int32)
             root = self._roots[namespace] = RadixNode(nothing, HeadSlots.nothing(), None)
+            root.prunable = namespace.prunable
         return root
 
     def _split(self, node: RadixNode, offset: int) -> RadixNode:

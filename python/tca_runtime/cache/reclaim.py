@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tca_runtime.cache.head_slots import HeadSlots
@@ -46,7 +47,7 @@ class Reclaimer:
     Parameters
     ----------
     host : second pool, in host memory; None for none
-    choose_core : None keeps nodes complete until they are evicted
+    choose_core : None keeps nodes complete until they are demoted whole or evicted
     may_prune : whether slots may be dropped for good while their node stays
     """
 
@@ -67,7 +68,7 @@ class Reclaimer:
 
     def make_room(self, num_slots: int) -> None:
         """Have ``num_slots`` free on the device, or as many as unlocked prefixes give."""
-        if self._choose_core is not None:
+        if self._choose_core is not None or self.host is not None:
             while self._pool.num_free < num_slots and (node := self._tree.full.pop()):
                 self._shrink(node)
             while self._pool.num_free < num_slots and (node := self._tree.cores.pop()):
@@ -100,19 +101,26 @@ class Reclaimer:
         self._tree.replace(node, core, node.host)
 
     def _shrink(self, node: RadixNode) -> None:
-        assert self._choose_core is not None
-        importance = self._pool.importance[node.slots.slots].float()
-        keep = self._choose_core(node.slots, importance)
+        keep = self._core(node)
         if keep is None:
             node.settled = True
             return
         core, rest = node.slots.partition(keep)
         if self._demote(node, rest, core):
             return
-        if self._may_prune:
+        if self._may_drop(node):
             self.prune(node, keep)
         else:
             node.settled = True
+
+    def _core(self, node: RadixNode) -> Tensor | None:
+        if not node.prunable or self._choose_core is None:
+            # Full attention needs all of it again: it can only move as a whole.
+            return torch.zeros(node.slots.num_slots, dtype=torch.bool, device=self._pool.kv.device)
+        return self._choose_core(node.slots, self._pool.importance[node.slots.slots].float())
+
+    def _may_drop(self, node: RadixNode) -> bool:
+        return self._may_prune and node.prunable and self._choose_core is not None
 
     def _demote(self, node: RadixNode, rest: HeadSlots, core: HeadSlots | None) -> bool:
         """Move ``rest`` of a node to the host tier; False when it does not fit there."""
@@ -138,9 +146,10 @@ class Reclaimer:
         passed: list[RadixNode] = []
         while self.host.num_free < num_slots and (node := self._tree.hosted.pop()):
             assert node.host is not None
-            if node is keep or not (node.is_leaf or node.slots.num_slots and self._may_prune):
+            droppable = node.slots.num_slots > 0 and self._may_drop(node)
+            if node is keep or not (node.is_leaf or droppable):
                 passed.append(node)
-            elif node.slots.num_slots and self._may_prune:
+            elif droppable:
                 self.host.free(node.host.slots)
                 self.counts.pruned += node.host.num_slots
                 self._tree.replace(node, node.slots, None)

@@ -9,17 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tca_runtime.attention import create_backend
 from tca_runtime.attention.base import AttentionShape, AttentionStep, PrefillChunk
+from tca_runtime.attention.registry import create_backend
 from tca_runtime.cache.manager import CacheManager
 from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.cache.views import ViewTable
 from tca_runtime.config import RuntimeConfig
-from tca_runtime.engine.memory import pool_tokens
+from tca_runtime.engine.memory import host_pool, pool_tokens
 from tca_runtime.engine.output import collect_output
 from tca_runtime.engine.sampler import Sampler
-from tca_runtime.engine.step import StepInput, StepOutput
+from tca_runtime.engine.step import ChunkInput, StepInput, StepOutput
 from tca_runtime.models.loader import load_model
+from tca_runtime.sparsity.chooser import ChunkSelection, StepSelection
+from tca_runtime.sparsity.core import BudgetedCore
+from tca_runtime.sparsity.load import load_settings
+from tca_runtime.sparsity.settings import ModelIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,7 @@ class Engine:
     Attributes
     ----------
     cache : the slots of this device, to be planned by the scheduler
+    sparsity : settings of selection, None for full attention
     model_config : sizes and special ids of the loaded model
     """
 
@@ -60,7 +65,22 @@ class Engine:
             ARENA_FACTOR * pool.capacity,
             self.device,
         )
-        self.cache = CacheManager(pool, views, not config.cache.disable_radix_cache)
+        identity = ModelIdentity(
+            fingerprint=loaded.model.fingerprint(),
+            num_layers=self.shape.num_layers,
+            num_kv_heads=self.shape.num_kv_heads,
+            head_dim=self.shape.head_dim,
+        )
+        self.sparsity = load_settings(config.sparsity, identity, config.model.model_path)
+        core = BudgetedCore(self.sparsity, self.shape.rows) if self.sparsity else None
+        self.cache = CacheManager(
+            pool,
+            views,
+            not config.cache.disable_radix_cache,
+            host=host_pool(config.sparsity, self.shape),
+            choose_core=core,
+            may_prune=config.sparsity.tca_retention != "never",
+        )
         self.backend = create_backend(config.attention.attention_backend, self.shape, pool.kv)
         self.sampler = Sampler(loaded.config.vocab_size, self.device)
         logger.info("KV pool: %d tokens, %d slots", tokens, pool.capacity)
@@ -68,10 +88,24 @@ class Engine:
     @torch.inference_mode()
     def run(self, step: StepInput) -> StepOutput:
         """Compute one step: write K and V, sample the next tokens."""
-        hidden = self._forward(step)
-        return collect_output(self.model, self.sampler, step, hidden)
+        work = [self._selection(chunk) for chunk in step.chunks]
+        selection = None
+        if any(work):
+            selection = StepSelection(self.shape, self.cache.pool, work)
+        hidden = self._forward(step, selection)
+        views = [selection.decode_view(i) if selection else None for i in range(len(work))]
+        return collect_output(self.model, self.sampler, step, hidden, views)
 
-    def _forward(self, step: StepInput) -> Tensor:
+    def warm_up(self) -> None:
+        """Compile what is compiled at first use, so that no request waits for it."""
+
+    def _selection(self, chunk: ChunkInput) -> ChunkSelection | None:
+        if chunk.sparsity is None:
+            return None
+        parts = self.cache.parts(chunk.sequence)
+        return ChunkSelection.plan(chunk.sparsity, parts, len(chunk.tokens), chunk.ends_prompt)
+
+    def _forward(self, step: StepInput, selection: StepSelection | None) -> Tensor:
         num_decode = len(step.decode)
         ids = [np.array([d.token for d in step.decode], dtype=np.int64)]
         positions = [np.array([d.sequence.computed for d in step.decode], dtype=np.int64)]
@@ -85,14 +119,16 @@ class Engine:
             uniform = chunk.sequence.view.uniform_length
             chunks.append(PrefillChunk(token_start, size, begin, index, uniform))
             token_start += size
-        attention = self.backend.begin(self._attention_step(step, chunks))
+        attention = self.backend.begin(self._attention_step(step, chunks, selection))
         return self.model.forward(
             torch.from_numpy(np.concatenate(ids)).to(self.device),
             torch.from_numpy(np.concatenate(positions)).to(self.device),
             attention,
         )
 
-    def _attention_step(self, step: StepInput, chunks: Many[PrefillChunk]) -> AttentionStep:
+    def _attention_step(
+        self, step: StepInput, chunks: Many[PrefillChunk], selection: StepSelection | None
+    ) -> AttentionStep:
         views = self.cache.views
         decode = prefill = None
         new_slots: list[Tensor] = []
@@ -112,6 +148,7 @@ class Engine:
             chunks=chunks,
             prefill=prefill,
             new_slots=torch.cat(new_slots, dim=1),
+            choose_view=selection,
         )
 
     def _indices(self, indices: list[int]) -> Tensor:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+
 import psutil
 import torch
 
 from tca_runtime.attention.base import AttentionShape
-from tca_runtime.config import CacheArgs
+from tca_runtime.cache.slot_pool import SlotPool
+from tca_runtime.config import CacheArgs, SparsityArgs
+
+logger = logging.getLogger(__name__)
 
 # On the CPU the pool competes with everything else on the machine.
 CPU_SHARE = 0.5
 CPU_LIMIT_BYTES = 8 << 30
+
+
+# Share of free host memory that the host tier takes when its size is not given.
+HOST_SHARE = 0.2
 
 
 def slot_bytes(shape: AttentionShape) -> int:
@@ -45,3 +54,21 @@ def pool_tokens(args: CacheArgs, shape: AttentionShape) -> int:
             "lower --mem-fraction's competitors or set --max-total-tokens"
         )
     return tokens
+
+
+def host_pool(args: SparsityArgs, shape: AttentionShape) -> SlotPool | None:
+    """The host tier's slots; None when it is off or cannot be had."""
+    size = args.host_cache_size
+    budget = (
+        int(size * (1 << 30))
+        if size is not None
+        else int(psutil.virtual_memory().available * HOST_SHARE)
+    )
+    num_slots = budget // slot_bytes(shape)
+    if num_slots <= shape.rows:
+        return None
+    try:
+        return SlotPool(num_slots, shape.head_dim, shape.dtype, torch.device("cpu"))
+    except RuntimeError as error:
+        logger.warning("no host tier (cold prefixes are pruned instead): %s", error)
+        return None

@@ -9,10 +9,15 @@ from tca_runtime.engine.logprobs import PendingLogprobs, prompt_logprobs, token_
 from tca_runtime.engine.sampler import RowSampling, Sampler
 from tca_runtime.engine.step import ChunkInput, LogprobWish, PositionLogprobs, StepInput, StepOutput
 from tca_runtime.models.base import CausalLM
+from tca_runtime.sparsity.chooser import DecodeView
 
 
 def collect_output(
-    model: CausalLM, sampler: Sampler, step: StepInput, hidden: Tensor
+    model: CausalLM,
+    sampler: Sampler,
+    step: StepInput,
+    hidden: Tensor,
+    decode_views: list[DecodeView | None],
 ) -> StepOutput:
     """Sample for every decode request and every chunk that ends its prompt.
 
@@ -42,6 +47,7 @@ def collect_output(
         decode_logprobs=entries[:num_decode],
         chunk_logprobs=[entry for _, entry in ends],
         prompt_logprobs=prompts,
+        decode_views=decode_views,
     )
 
 

@@ -11,6 +11,7 @@ from tca_runtime.cache.radix_tree import Tokens
 from tca_runtime.cache.sequence import Sequence
 from tca_runtime.engine.sampler import RowSampling
 from tca_runtime.messages import TokenLogprob
+from tca_runtime.sparsity.chooser import DecodeView, RequestSparsity
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class ChunkInput:
     sampling : set on the last chunk, which samples the request's next token
     prompt_offset, prompt_targets : the tokens from ``prompt_offset`` on predict these ids, whose
         logprobs are wanted
+    sparsity : how the chunk's view and, after the last chunk, the decode view are selected; None
+        for full attention
+    ends_prompt : no more prompt tokens follow
     """
 
     sequence: Sequence
@@ -50,6 +54,8 @@ class ChunkInput:
     logprobs: LogprobWish | None = None
     prompt_offset: int = 0
     prompt_targets: Tokens | None = None
+    sparsity: RequestSparsity | None = None
+    ends_prompt: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class StepOutput:
     chunk_tokens : one per chunk, None where the chunk did not sample
     decode_logprobs, chunk_logprobs : of those tokens, None where not wanted
     prompt_logprobs : per chunk, one entry per prompt target
+    decode_views : per chunk, the view its request should decode with; None for everything
     """
 
     decode_tokens: list[int]
@@ -85,3 +92,4 @@ class StepOutput:
     decode_logprobs: list[PositionLogprobs | None]
     chunk_logprobs: list[PositionLogprobs | None]
     prompt_logprobs: list[list[PositionLogprobs]]
+    decode_views: list[DecodeView | None]

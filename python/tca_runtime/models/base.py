@@ -29,3 +29,7 @@ class CausalLM(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """Project ``[N, hidden]`` to float32 ``[N, vocab]``."""
         ...
+
+    def fingerprint(self) -> str:
+        """Names the weights, whatever dtype and device they are loaded to."""
+        ...

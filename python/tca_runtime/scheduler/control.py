@@ -59,7 +59,7 @@ class ControlHandler:
             self._generated.popleft()
 
     def state(self) -> dict[str, Any]:
-        """Everything the tokenizer process shows on ``/server_info``, ``/get_load``, ``/metrics``."""
+        """What ``/server_info``, ``/get_load`` and ``/metrics`` show."""
         planner, cache = self._scheduler.planner, self._engine.cache
         computed = self.prompt_tokens + self.cached_tokens
         return {

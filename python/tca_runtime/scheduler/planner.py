@@ -75,10 +75,11 @@ class StepPlanner:
         """Choose and allocate the next step."""
         chunks: list[PlannedChunk] = []
         decode: list[Request] = []
+        self._plan_refresh(chunks)
         if self._args.mixed_batches or not (self.waiting or self.prefilling):
             decode = self._plan_decode()
         budget = self._args.chunked_prefill_size
-        for request in list(self.prefilling):
+        for request in [r for r in self.prefilling if r.missing]:
             budget -= self._plan_chunk(request, budget, chunks)
         self._admit(budget, chunks)
         if not chunks and not decode and self.running:
@@ -113,6 +114,23 @@ class StepPlanner:
                 break
             self._retract(max(self.running, key=lambda r: r.arrival))
         return list(self.running)
+
+    def _plan_refresh(self, chunks: list[PlannedChunk]) -> None:
+        """Turn the next step of requests whose view is outdated into a short prefill.
+
+        The latest tokens are computed again as a last chunk, whose queries select a new view.
+        """
+        for request in [r for r in self.running if r.needs_refresh]:
+            assert request.sequence is not None and request.sparsity is not None
+            owned = request.sequence.computed - request.sequence.handle.num_tokens
+            count = min(request.sparsity.settings.probes, owned + 1)
+            if not request.sequence.view.headroom or not self._cache.available_tokens:
+                continue
+            slots = self._cache.recompute_tail(request.sequence, count)
+            end = request.num_tokens
+            chunks.append(PlannedChunk(request, end - count, end, slots))
+            self.running.remove(request)
+            self.prefilling.append(request)
 
     def _plan_chunk(self, request: Request, budget: int, chunks: list[PlannedChunk]) -> int:
         """Plan the next tokens of an admitted request; returns how many."""

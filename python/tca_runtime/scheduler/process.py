@@ -59,9 +59,7 @@ def _build(
     engine.warm_up()
     model = engine.model_config
     context_length = config.model.context_length or model.max_position
-    grammars = GrammarCompiler(
-        load_tokenizer(config.model), model.vocab_size, model.eos_token_ids
-    )
+    grammars = GrammarCompiler(load_tokenizer(config.model), model.vocab_size, model.eos_token_ids)
     scheduler = Scheduler(config, engine, grammars, inbox, outbox, context_length)
     info: dict[str, Any] = {
         "model_type": model.model_type,

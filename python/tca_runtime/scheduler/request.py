@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from tca_runtime.cache.radix_tree import Tokens
+from tca_runtime.cache.radix_tree import Namespace, Tokens
 from tca_runtime.cache.sequence import Sequence
 from tca_runtime.engine.grammar import CompiledGrammar
 from tca_runtime.engine.sampler import RowSampling
 from tca_runtime.engine.step import LogprobWish, PositionLogprobs
 from tca_runtime.messages import FinishReason, GenerateRequest
+from tca_runtime.sparsity.chooser import RequestSparsity
 
 
 @dataclass(eq=False)
@@ -29,6 +31,8 @@ class Request:
     finish : set once the request must end; one place in the scheduler acts on it
     sequence : hold on the cache, None while waiting
     skipped : admissions that passed this request by
+    selected_at : tokens at the last selection of the decode view, None before the first
+    tca : what selection did, for the client
     """
 
     message: GenerateRequest
@@ -38,12 +42,16 @@ class Request:
     tokens: Tokens
     num_prompt: int
     num_tokens: int
+    namespace: Namespace = Namespace()
+    sparsity: RequestSparsity | None = None
     finish: FinishReason | None = None
     sequence: Sequence | None = None
     cached_tokens: int | None = None
     num_retractions: int = 0
     skipped: int = 0
     num_sent: int = 0
+    selected_at: int | None = None
+    tca: dict[str, Any] | None = None
     grammar: Future[CompiledGrammar] | None = None
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     output_logprobs: list[PositionLogprobs] = field(default_factory=list)
@@ -51,10 +59,6 @@ class Request:
     @property
     def rid(self) -> str:
         return self.message.rid
-
-    @property
-    def namespace(self) -> str:
-        return self.message.extra_key or ""
 
     @property
     def num_output(self) -> int:
@@ -91,6 +95,13 @@ class Request:
         if self.logprob_start < self.num_prompt:
             return max(self.logprob_start - 1, 0)
         return self.num_tokens - (1 if self.max_new_tokens else 0)
+
+    @property
+    def needs_refresh(self) -> bool:
+        """Whether so many tokens were generated that the decode view is to be selected anew."""
+        if self.sparsity is None or self.selected_at is None:
+            return False
+        return self.num_tokens - self.selected_at >= self.sparsity.settings.refresh
 
     def append(self, token: int) -> None:
         self.tokens[self.num_tokens] = token

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import random
 import time
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from tca_runtime.channels import Receiver, Sender
 from tca_runtime.config import RuntimeConfig
 from tca_runtime.engine.grammar import GrammarCompiler, GrammarError
-from tca_runtime.engine.sampler import RowSampling
 from tca_runtime.engine.step import (
     ChunkInput,
     DecodeInput,
@@ -32,9 +27,11 @@ from tca_runtime.messages import (
     ToTokenizer,
 )
 from tca_runtime.scheduler.control import ControlHandler
+from tca_runtime.scheduler.intake import Intake, Limits
 from tca_runtime.scheduler.planner import PlannedChunk, StepPlan, StepPlanner
-from tca_runtime.scheduler.request import Request, token_buffer
+from tca_runtime.scheduler.request import Request
 from tca_runtime.scheduler.results import check_finish, take_output
+from tca_runtime.sparsity.chooser import DecodeView
 
 if TYPE_CHECKING:
     from tca_runtime.engine.engine import Engine
@@ -66,11 +63,19 @@ class Scheduler:
         self._grammars = grammars
         self._inbox = inbox
         self._outbox = outbox
-        self._context_length = context_length
-        self._max_queued = config.scheduler.max_queued_requests
         self._eos_ids = frozenset(engine.model_config.eos_token_ids)
-        self._arrivals = itertools.count()
-        self._seeds = random.Random(config.scheduler.random_seed)
+        self._retention = config.sparsity.tca_retention
+        self._intake = Intake(
+            Limits(
+                context_length,
+                engine.cache.capacity_tokens,
+                config.scheduler.max_queued_requests,
+            ),
+            self._eos_ids,
+            config.scheduler.random_seed,
+            engine.sparsity,
+            drops=self._retention != "never",
+        )
         self._control = ControlHandler(self, engine)
         self._last_heartbeat = 0.0
         self._checked_idle = False
@@ -113,41 +118,14 @@ class Scheduler:
             self._outbox.send(self._control.handle(message))
 
     def _accept(self, message: GenerateRequest) -> None:
-        prompt = np.frombuffer(message.input_ids, dtype="<i4").astype(np.int32)
-        capacity = self.engine.cache.capacity_tokens
-        limit = min(self._context_length, capacity) - len(prompt)
-        params = message.sampling
-        max_new = max(0, min(params.max_new_tokens, limit))
-        seed = params.seed if params.seed is not None else self._seeds.getrandbits(62)
-        request = Request(
-            message=message,
-            arrival=next(self._arrivals),
-            max_new_tokens=max_new,
-            sampling=RowSampling(params, seed, prompt, self._eos_ids),
-            tokens=token_buffer(prompt, max_new),
-            num_prompt=len(prompt),
-            num_tokens=len(prompt),
-        )
-        request.finish = self._refusal(request, limit, capacity)
+        request = self._intake.build(message, len(self.planner.waiting))
         if request.finish is not None:
             self._outbox.send(TokenBatch(outputs=[take_output(request)]))
             return
-        if params.grammar is not None and max_new:
-            request.grammar = self._grammars.submit(params.grammar)
+        if message.sampling.grammar is not None and request.max_new_tokens:
+            request.grammar = self._grammars.submit(message.sampling.grammar)
         self._checked_idle = False
         self.planner.waiting.add(request)
-
-    def _refusal(self, request: Request, limit: int, capacity: int) -> FinishReason | None:
-        if limit < (1 if request.message.sampling.max_new_tokens else 0):
-            text = (
-                f"the prompt has {request.num_prompt} tokens; the context holds "
-                f"{self._context_length} and the KV cache {capacity}, output included"
-            )
-            return FinishReason("abort", message=text, status=400)
-        if len(self.planner.waiting) >= self._max_queued:
-            text = f"{self._max_queued} requests are waiting already"
-            return FinishReason("abort", message=text, status=503)
-        return None
 
     def _step_input(self, plan: StepPlan) -> StepInput:
         decode = []
@@ -174,6 +152,8 @@ class Scheduler:
             logprobs=request.wish,
             prompt_offset=first_wanted - 1 - chunk.begin,
             prompt_targets=targets,
+            sparsity=request.sparsity,
+            ends_prompt=chunk.end == request.num_tokens,
         )
 
     def _consume(self, plan: StepPlan, output: StepOutput) -> None:
@@ -183,11 +163,12 @@ class Scheduler:
         ):
             self._append(request, token, entry)
             changed.append(request)
-        for chunk, token, entry, prompt in zip(
+        for chunk, sampled, entry, prompt, view in zip(
             plan.chunks,
             output.chunk_tokens,
             output.chunk_logprobs,
             output.prompt_logprobs,
+            output.decode_views,
             strict=True,
         ):
             request = chunk.request
@@ -196,16 +177,28 @@ class Scheduler:
                 continue
             assert request.sequence is not None
             self.engine.cache.commit(request.namespace, request.sequence, request.all_tokens)
+            self._show(request, view)
             self.planner.prefilled(request)
-            if token is None:
+            if sampled is None:
                 request.finish = FinishReason("length", length=0)
             else:
-                self._append(request, token, entry)
+                self._append(request, sampled, entry)
             changed.append(request)
         going = [take_output(r) for r in changed if r.finish is None]
         if going:
             self._outbox.send(TokenBatch(outputs=going))
         self._end_finished()
+
+    def _show(self, request: Request, view: DecodeView | None) -> None:
+        """Let a request decode with the view that its prompt's last chunk selected."""
+        if view is None or request.sequence is None:
+            return
+        cache = self.engine.cache
+        cache.show(request.sequence, view.lengths, view.slots)
+        if self._retention == "immediate":
+            cache.prune(request.sequence, view.lists, view.keep)
+        request.selected_at = request.num_tokens
+        request.tca = {**view.report, "retention": self._retention}
 
     def _append(self, request: Request, token: int, entry: PositionLogprobs | None) -> None:
         request.append(token)

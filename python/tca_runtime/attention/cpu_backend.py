@@ -1,0 +1,135 @@
+"""Attention on the CPU: a compiled kernel decodes in place, torch's flash attention prefills."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tca_kernels.cpu.decode import decode_kernel
+from tca_kernels.cpu.jit import use_threads
+from tca_kernels.cpu.write import write_kernel
+from tca_runtime.attention.base import (
+    AttentionBackend,
+    AttentionShape,
+    AttentionStep,
+    LayerAttention,
+    PrefillChunk,
+    SlotLists,
+)
+from tca_runtime.attention.cpu_prefill import RequestLists, attend_chunk, attend_slots
+
+logger = logging.getLogger(__name__)
+
+SLOTS_PER_THREAD = 256
+"""Another thread pays off from this many slots per layer."""
+
+DecodeLayer = Callable[[int, Tensor, Tensor], None]
+WriteLayer = Callable[[int, Tensor, Tensor], None]
+
+
+class CpuBackend(AttentionBackend):
+    """Fast attention over float32 pools; pools of other types decode by gathering.
+
+    Creating a backend compiles the kernels of its head geometry, which takes seconds the first
+    time; later processes load them from numba's cache.
+    """
+
+    def __init__(self, shape: AttentionShape, kv: Tensor) -> None:
+        super().__init__(shape, kv)
+        self.compiled = kv.dtype == torch.float32
+        if self.compiled:
+            begin = time.perf_counter()
+            self._pool = kv.numpy()
+            self._decode_kernel = decode_kernel(shape.group, shape.head_dim)
+            self._write_kernel = write_kernel()
+            logger.info("CPU attention kernels ready in %.1f s", time.perf_counter() - begin)
+
+    @staticmethod
+    def unsupported(shape: AttentionShape) -> str | None:
+        """Why the backend cannot serve ``shape``, or None."""
+        return None if shape.device.type == "cpu" else f"runs on cpu, not on {shape.device.type}"
+
+    def begin(self, step: AttentionStep) -> LayerAttention:
+        """Read lists and lengths once, so that a layer only passes arrays to kernels."""
+        write = self._writer(step.new_slots)
+        decode: DecodeLayer | None = None
+        if step.decode is not None:
+            lists = step.decode
+            decode = self._in_place_decode(lists) if self.compiled else self._gather_decode(lists)
+        prefill: list[tuple[slice, RequestLists]] = []
+        if step.prefill is not None:
+            prefill = [_past(step.prefill, chunk) for chunk in step.chunks]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            write(layer, k, v)
+            out = torch.empty(q.shape, dtype=q.dtype)
+            if decode is not None:
+                decode(layer, q, out)
+            for tokens, past in prefill:
+                out[tokens] = attend_chunk(
+                    q[tokens], k[tokens], v[tokens], self.kv, past.slots(layer), self.shape.scale
+                )
+            return out.view(len(q), -1)
+
+        return attend
+
+    def _writer(self, new_slots: Tensor) -> WriteLayer:
+        if self.compiled:
+            slots = new_slots.numpy().view(np.uint32)
+            return lambda layer, k, v: self._write_kernel(
+                self._pool, slots[layer], k.numpy(), v.numpy()
+            )
+        rows = new_slots.long()
+
+        def write(layer: int, k: Tensor, v: Tensor) -> None:
+            self.kv[rows[layer], 0] = k
+            self.kv[rows[layer], 1] = v
+
+        return write
+
+    def _in_place_decode(self, lists: SlotLists) -> DecodeLayer:
+        slots_per_layer = int(lists.length.sum(dim=(0, 2)).max())
+        threads = use_threads(min(torch.get_num_threads(), 1 + slots_per_layer // SLOTS_PER_THREAD))
+        group, head_dim = self.shape.group, self.shape.head_dim
+        values = np.empty((threads, 2, group, head_dim), np.float32)
+        weights = np.empty((threads, 2, 2, group), np.float32)
+        arena = lists.arena.numpy().view(np.uint32)
+        start, length = lists.start.numpy(), lists.length.numpy()
+
+        def decode(layer: int, q: Tensor, out: Tensor) -> None:
+            self._decode_kernel(
+                self._pool,
+                arena,
+                start,
+                length,
+                layer,
+                q.numpy(),
+                self.shape.scale,
+                out.numpy(),
+                values,
+                weights,
+            )
+
+        return decode
+
+    def _gather_decode(self, lists: SlotLists) -> DecodeLayer:
+        requests = [RequestLists(lists, b) for b in range(len(lists.start))]
+
+        def decode(layer: int, q: Tensor, out: Tensor) -> None:
+            for b, request in enumerate(requests):
+                rows = q[b].reshape(self.shape.num_kv_heads, self.shape.group, -1)
+                attended, _ = attend_slots(rows, self.kv, request.slots(layer), self.shape.scale)
+                out[b] = attended.reshape(out[b].shape)
+
+        return decode
+
+
+def _past(lists: SlotLists, chunk: PrefillChunk) -> tuple[slice, RequestLists]:
+    """A chunk's place on the token axis, and its request's lists without the chunk."""
+    tokens = slice(chunk.token_start, chunk.token_start + chunk.num_tokens)
+    return tokens, RequestLists(lists, chunk.index, without=chunk.num_tokens)

@@ -1,0 +1,25 @@
+"""Host values to the device without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor; asynchronous on CUDA, where it goes through pinned memory."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def upload_ints(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 ``[len(values)]``"""
+    return upload(torch.tensor(values, dtype=torch.int64), device)
+
+
+def upload_floats(values: Sequence[float], device: torch.device) -> Tensor:
+    """float32 ``[len(values)]``"""
+    return upload(torch.tensor(values, dtype=torch.float32), device)

@@ -1,0 +1,111 @@
+"""The decoder that all supported families share; ``ModelConfig`` says what differs."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tca_runtime.attention.base import LayerAttention
+from tca_runtime.models.config import ModelConfig
+from tca_runtime.models.layers import (
+    DecoderLayer,
+    GatedMLP,
+    HeadNorm,
+    Linear,
+    RMSNorm,
+    SelfAttention,
+)
+from tca_runtime.models.rope import RotaryTable
+from tca_runtime.models.weights.builder import WeightBuilder
+
+
+class Decoder:
+    """A pre-norm decoder with RMS norm, rotary positions and gated MLPs (``CausalLM``)."""
+
+    def __init__(self, config: ModelConfig, weights: WeightBuilder) -> None:
+        self._embedding = weights.embedding(
+            "model.embed_tokens.weight", config.vocab_size, config.hidden_size
+        )
+        self._layers = [_layer(config, weights, index) for index in range(config.num_layers)]
+        self._norm = RMSNorm(
+            weights.vector(["model.norm.weight"], [config.hidden_size]), config.rms_eps
+        )
+        if config.tie_embeddings:
+            self._head = Linear(self._embedding.t())
+        else:
+            self._head = weights.linear(["lm_head"], [config.vocab_size], config.hidden_size)
+        self._rotary = RotaryTable(
+            config.rope, config.head_dim, config.max_position, weights.dtype, weights.device
+        )
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> Tensor:
+        """Hidden states ``[T, hidden]`` after the final norm; see ``CausalLM.forward``."""
+        hidden = F.embedding(input_ids, self._embedding)
+        cos, sin = self._rotary.lookup(positions)
+        for index, layer in enumerate(self._layers):
+            layer.attention.add_to(hidden, layer.input_norm(hidden), index, cos, sin, attention)
+            layer.mlp.add_to(hidden, layer.mlp_norm(hidden))
+        return self._norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 ``[N, vocab]`` of ``[N, hidden]``."""
+        return self._head(hidden).to(torch.float32)
+
+    def fingerprint(self) -> str:
+        """Names the weights, whatever dtype and device they are loaded to."""
+        sample = torch.cat([self._embedding[:64].flatten(), self._norm.weight])
+        rounded = sample.to("cpu", torch.bfloat16).view(torch.int16)
+        return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()[:16]
+
+
+def _layer(config: ModelConfig, weights: WeightBuilder, index: int) -> DecoderLayer:
+    prefix = f"model.layers.{index}"
+
+    def norm(name: str) -> RMSNorm:
+        weight = weights.vector([f"{prefix}.{name}.weight"], [config.hidden_size])
+        return RMSNorm(weight, config.rms_eps)
+
+    mlp = GatedMLP(
+        weights.linear(
+            [f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"],
+            [config.intermediate_size] * 2,
+            config.hidden_size,
+        ),
+        weights.linear([f"{prefix}.mlp.down_proj"], [config.hidden_size], config.intermediate_size),
+    )
+    return DecoderLayer(
+        norm("input_layernorm"),
+        _attention(config, weights, f"{prefix}.self_attn"),
+        norm("post_attention_layernorm"),
+        mlp,
+    )
+
+
+def _attention(config: ModelConfig, weights: WeightBuilder, prefix: str) -> SelfAttention:
+    q_size = config.num_q_heads * config.head_dim
+    kv_size = config.num_kv_heads * config.head_dim
+    head_norm = None
+    if config.qk_norm:
+        parts = weights.vector(
+            [f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight"], [config.head_dim] * 2
+        ).view(2, config.head_dim)
+        counts = torch.tensor([config.num_q_heads, config.num_kv_heads], device=parts.device)
+        head_norm = HeadNorm(parts.repeat_interleave(counts, dim=0), config.rms_eps)
+    return SelfAttention(
+        qkv=weights.linear(
+            [f"{prefix}.{name}_proj" for name in "qkv"],
+            [q_size, kv_size, kv_size],
+            config.hidden_size,
+            bias=config.qkv_bias,
+        ),
+        head_norm=head_norm,
+        output=weights.linear(
+            [f"{prefix}.o_proj"], [config.hidden_size], q_size, bias=config.o_bias
+        ),
+        num_q_heads=config.num_q_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+    )

@@ -1,0 +1,53 @@
+"""Assembles a model's tensors from a source, each in its final place, dtype and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tca_runtime.models.layers import Linear
+from tca_runtime.models.weights.source import WeightSource
+
+
+class WeightBuilder:
+    """Reads tensors one by one, so that beside the model at most one of them is in memory."""
+
+    def __init__(self, source: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._source = source
+
+    def embedding(self, name: str, rows: int, size: int) -> Tensor:
+        """A ``[rows, size]`` table."""
+        tensor = self._source.read(name, (rows, size))
+        # A copy in any case: the source may hand out a view of a mapped file.
+        return tensor.to(self.device, self.dtype, copy=True)
+
+    def vector(self, names: Sequence[str], sizes: Sequence[int]) -> Tensor:
+        """Vectors joined end to end."""
+        target = self._empty(sum(sizes))
+        for part, name, size in zip(target.split(list(sizes)), names, sizes, strict=True):
+            part.copy_(self._source.read(name, (size,)))
+        return target
+
+    def linear(
+        self, names: Sequence[str], out_sizes: Sequence[int], in_size: int, bias: bool = False
+    ) -> Linear:
+        """Projections of one input, joined along their outputs into one product."""
+        rows = self._empty(sum(out_sizes), in_size)
+        for part, name, size in zip(rows.split(list(out_sizes)), names, out_sizes, strict=True):
+            part.copy_(self._source.read(f"{name}.weight", (size, in_size)))
+        weight = self._in_by_out(rows)
+        if not bias:
+            return Linear(weight)
+        return Linear(weight, self.vector([f"{name}.bias" for name in names], out_sizes))
+
+    def _in_by_out(self, rows: Tensor) -> Tensor:
+        # A CPU multiplies a few rows by a row-major [in, out] up to 30 % faster than by its
+        # transpose, and one row at the speed of memory either way. GPUs prefer [out, in].
+        return rows.t().contiguous() if self.device.type == "cpu" else rows.t()
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -1,0 +1,221 @@
+"""Selection during a forward pass: prefill views layer by layer, the decode view at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tca_runtime.attention.base import AttentionShape, HeadLists
+from tca_runtime.cache.head_slots import HeadSlots
+from tca_runtime.cache.slot_pool import SlotPool
+from tca_runtime.sparsity.budget import BudgetTable
+from tca_runtime.sparsity.layout import Layout
+from tca_runtime.sparsity.policies import Candidates
+from tca_runtime.sparsity.selection import LayerScores, select
+from tca_runtime.sparsity.settings import SparsitySettings
+
+# Ratios tried in turn for a request that limits the dropped mass instead of the memory.
+LADDER = (0.05, 0.1, 0.15, 0.2, 0.25, 0.32, 0.39, 0.5, 0.65, 0.8, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class RequestSparsity:
+    """Settings of one request: the server's, changed by what the client asked for.
+
+    ``max_dropped_mass`` overrides the decode budget: the smallest rung of the ladder is taken
+    whose mean dropped mass does not exceed it.
+    """
+
+    settings: SparsitySettings
+    max_dropped_mass: float | None = None
+
+
+@dataclass(eq=False)
+class ChunkSelection:
+    """Selection work of one prefill chunk.
+
+    Attributes
+    ----------
+    lists : everything that exists of the request, the chunk's tokens included
+    num_tokens : length of the chunk
+    prefill : candidates for the chunk's own view, None when it sees its whole past
+    decode : candidates for the decode view, on a prompt's last chunk
+    """
+
+    request: RequestSparsity
+    lists: HeadSlots
+    num_tokens: int
+    prefill: Layout | None
+    decode: Layout | None
+    scored: list[tuple[Candidates, Tensor]] = field(default_factory=list)
+
+    @staticmethod
+    def plan(
+        request: RequestSparsity, parts: Sequence[HeadSlots], num_tokens: int, is_last: bool
+    ) -> ChunkSelection | None:
+        """None when nothing is long enough to be dropped."""
+        settings = request.settings
+        lists = HeadSlots.concat(parts)
+        layouts: list[Layout | None] = []
+        for past, wanted in ((lists.end - num_tokens, True), (lists.end, is_last)):
+            layout = None
+            if wanted and (limit := settings.num_candidates(past)):
+                layout = Layout.of(parts, limit, settings.block)
+            layouts.append(layout if layout is not None and layout.num_candidates else None)
+        if layouts == [None, None]:
+            return None
+        return ChunkSelection(request, lists, num_tokens, layouts[0], layouts[1])
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeView:
+    """The lists a request decodes with.
+
+    Attributes
+    ----------
+    lengths : int64 ``[rows]``
+    slots : int32 ``[sum(lengths)]``
+    lists, keep : what was selected from, and which of its entries stay
+    report : what clients are told
+    """
+
+    lengths: np.ndarray[Any, np.dtype[np.int64]]
+    slots: Tensor
+    lists: HeadSlots
+    keep: Tensor
+    report: dict[str, Any]
+
+
+class StepSelection:
+    """The ``ViewChooser`` of one forward pass."""
+
+    def __init__(
+        self, shape: AttentionShape, pool: SlotPool, chunks: Sequence[ChunkSelection | None]
+    ) -> None:
+        self._shape = shape
+        self._pool = pool
+        self._chunks = chunks
+
+    def __call__(self, layer: int, chunk: int, q: Tensor) -> HeadLists | None:
+        """Choose a chunk's view; on a last chunk, remember the scores for the decode view."""
+        work = self._chunks[chunk]
+        if work is None:
+            return None
+        settings = work.request.settings
+        rows = self._rows(layer)
+        probes = q[-settings.probes :]
+        scores = LayerScores.measure(
+            probes, self._pool.kv, layer_lists(work.lists, rows), self._shape.scale
+        )
+        if work.decode is not None:
+            index = scores.index(work.decode, rows)
+            candidates = self._candidates(scores, index, settings.block)
+            best = self._pool.importance[candidates.slots]
+            new = candidates.importance.to(best.dtype)
+            self._pool.importance[candidates.slots] = torch.maximum(best, new)
+            work.scored.append((candidates, index))
+        if work.prefill is None:
+            return None
+        index = scores.index(work.prefill, rows)
+        candidates = self._candidates(scores, index, settings.block)
+        return select(
+            settings.policy,
+            candidates,
+            index,
+            scores.lists,
+            settings.prefill,
+            rows,
+            without_last=work.num_tokens,
+        ).lists
+
+    def decode_view(self, chunk: int) -> DecodeView | None:
+        """After the pass: the view that a prompt's last chunk chose, None to see everything."""
+        work = self._chunks[chunk]
+        if work is None or work.decode is None:
+            return None
+        limit = work.request.max_dropped_mass
+        decode = work.request.settings.decode
+        if limit is None:
+            return self._view(work, decode)
+        for ratio in LADDER:
+            view = self._view(work, decode.at_ratio(ratio))
+            if view.report["dropped_mass"] <= limit:
+                break
+        return view
+
+    def _view(self, work: ChunkSelection, budget: BudgetTable) -> DecodeView:
+        policy = work.request.settings.policy
+        chosen = []
+        for layer, (candidates, index) in enumerate(work.scored):
+            rows = self._rows(layer)
+            lists = layer_lists(work.lists, rows)
+            chosen.append(select(policy, candidates, index, lists, budget, rows))
+        lengths = np.concatenate([c.lists.lengths for c in chosen])
+        slots = torch.cat([c.lists.slots for c in chosen])
+        return DecodeView(
+            lengths=lengths,
+            slots=slots,
+            lists=work.lists,
+            keep=torch.cat([c.keep for c in chosen]),
+            report={
+                "kept_ratio": len(slots) / work.lists.num_slots,
+                "dropped_mass": float(torch.cat([c.dropped_mass for c in chosen]).mean()),
+                "probes": work.scored[0][0].probes.shape[0],
+            },
+        )
+
+    def _candidates(self, scores: LayerScores, index: Tensor, block: int) -> Candidates:
+        return scores.candidates(index, self._pool.kv, block, self._shape.scale)
+
+    def _rows(self, layer: int) -> slice:
+        heads = self._shape.num_kv_heads
+        return slice(layer * heads, (layer + 1) * heads)
+
+
+def layer_lists(lists: HeadSlots, rows: slice) -> HeadLists:
+    """The lists of one layer."""
+    indptr = lists.indptr
+    return HeadLists(lists.slots[indptr[rows.start] : indptr[rows.stop]], lists.lengths[rows])
+
+
+def request_sparsity(
+    server: SparsitySettings | None, custom_params: dict[str, Any]
+) -> RequestSparsity | None:
+    """Apply a client's ``custom_params`` (``tca``, ``kept_ratio``, ``max_dropped_mass``,
+    ``probes``) to the server's settings; None for full attention.
+
+    Raises
+    ------
+    ValueError
+        For a value of the wrong type or out of range, naming it.
+    """
+    if server is None or custom_params.get("tca") is False:
+        return None
+    settings = server
+    ratio = _number(custom_params, "kept_ratio", 1 / server.block, 1.0)
+    if ratio == 1.0:
+        return None
+    if ratio is not None:
+        settings = replace(
+            settings,
+            prefill=settings.prefill.at_ratio(ratio),
+            decode=settings.decode.at_ratio(ratio),
+        )
+    probes = _number(custom_params, "probes", 1, 1024)
+    if probes is not None:
+        settings = replace(settings, probes=int(probes))
+    return RequestSparsity(settings, _number(custom_params, "max_dropped_mass", 0.0, 1.0))
+
+
+def _number(params: dict[str, Any], name: str, low: float, high: float) -> float | None:
+    value = params.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"custom_params.{name} must be a number in [{low:g}, {high:g}]")
+    return float(value)

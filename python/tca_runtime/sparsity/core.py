@@ -1,0 +1,51 @@
+"""The core context of a cold prefix: what stays on the device when memory is short."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tca_runtime.cache.head_slots import HeadSlots
+from tca_runtime.sparsity.layout import Layout
+from tca_runtime.sparsity.policies import Candidates
+from tca_runtime.sparsity.policies.tca import TCAPolicy
+from tca_runtime.sparsity.settings import SparsitySettings
+
+
+@dataclass(frozen=True, eq=False)
+class BudgetedCore:
+    """Keeps of each head what its decode budget allows, by accumulated importance.
+
+    Ranks by the best importance that any selection gave a slot, so what some question once
+    needed survives. Blocks that the run's ends cut are kept whole.
+    """
+
+    settings: SparsitySettings
+    rows: int
+
+    def __call__(self, slots: HeadSlots, importance: Tensor) -> Tensor | None:
+        block = self.settings.block
+        layout = Layout.of([slots], slots.end, block)
+        if not layout.num_candidates:
+            return None
+        device = importance.device
+        rows = slice(0, self.rows)
+        begins = torch.from_numpy(slots.indptr[:-1]).to(device)
+        index = begins[:, None] + layout.entries(rows, device)
+        num_blocks = layout.num_candidates // block
+        counts = self.settings.decode.level_counts(num_blocks)
+        kept = self.settings.decode.kept_tokens(num_blocks).reshape(-1)
+        if int(kept.sum()) == index.numel():
+            return None
+        nothing = torch.empty(0, device=device)
+        candidates = Candidates(importance[index], nothing, block, 1.0, nothing, slots.slots[index])
+        keep = torch.ones(slots.num_slots, dtype=torch.bool, device=device)
+        keep[index] = TCAPolicy().choose(candidates, counts.reshape(-1, counts.shape[-1]), kept)
+        return keep
+
+
+def nothing_stays(slots: HeadSlots, importance: Tensor) -> Tensor:
+    """The core of a server without sparsity: cold prefixes move to the host tier whole."""
+    return torch.zeros(slots.num_slots, dtype=torch.bool, device=importance.device)

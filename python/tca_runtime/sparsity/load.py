@@ -1,0 +1,95 @@
+"""From command-line settings to the sparsity a server runs with."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+from tca_runtime.config import SparsityArgs
+from tca_runtime.sparsity.budget import BudgetTable
+from tca_runtime.sparsity.policies import create_policy
+from tca_runtime.sparsity.settings import (
+    CalibrationFile,
+    ConfigurationError,
+    ModelIdentity,
+    SparsitySettings,
+)
+
+logger = logging.getLogger(__name__)
+
+UNIFORM = "uniform:"
+
+
+def load_settings(
+    args: SparsityArgs, identity: ModelIdentity, model_path: str
+) -> SparsitySettings | None:
+    """The settings to serve with; None for full attention.
+
+    Raises
+    ------
+    ConfigurationError
+        For a file or a uniform ratio that does not fit the model.
+    """
+    if args.disable_tca:
+        return None
+    if args.tca_config is not None and args.tca_config.startswith(UNIFORM):
+        settings = _uniform(args, identity)
+    else:
+        path = Path(args.tca_config) if args.tca_config else shipped(identity, args.tca_threshold)
+        if path is None:
+            logger.warning(
+                "no TCA configuration for this model: serving with full attention. Calibrate with\n"
+                "  python -m tca_runtime.calibrate --model-path %s --output tca.json\n"
+                "and serve with --tca-config tca.json, or try --tca-config uniform:0.39",
+                model_path,
+            )
+            return None
+        settings = _calibrated(args, identity, path)
+    return replace(
+        settings,
+        min_candidates=args.tca_min_candidates,
+        refresh=args.tca_refresh,
+        window=settings.window if args.tca_window is None else args.tca_window,
+        probes=settings.probes if args.tca_probes is None else args.tca_probes,
+    )
+
+
+def shipped(identity: ModelIdentity, threshold: float) -> Path | None:
+    """The configuration that comes with the runtime for this model and threshold."""
+    directory = Path(str(resources.files("tca_runtime.sparsity"))) / "configs"
+    for path in sorted(directory.glob("*.json")):
+        found = CalibrationFile.load(path)
+        if found.fingerprint == identity.fingerprint and found.threshold == threshold:
+            return path
+    return None
+
+
+def _uniform(args: SparsityArgs, identity: ModelIdentity) -> SparsitySettings:
+    assert args.tca_config is not None
+    text = args.tca_config.removeprefix(UNIFORM)
+    try:
+        ratios = [float(part) for part in text.split(",")]
+        if len(ratios) not in (1, 2):
+            raise ValueError("one ratio or two are expected")
+        tables = [
+            BudgetTable.uniform(ratio, identity.num_layers, identity.num_kv_heads)
+            for ratio in ratios
+        ]
+    except ValueError as error:
+        raise ConfigurationError(f"--tca-config {args.tca_config}: {error}") from error
+    return SparsitySettings(create_policy(args.tca_policy), tables[0], tables[-1])
+
+
+def _calibrated(args: SparsityArgs, identity: ModelIdentity, path: Path) -> SparsitySettings:
+    found = CalibrationFile.load(path)
+    found.check(identity, path)
+    logger.info("TCA configuration %s (threshold %g)", path, found.threshold)
+    return SparsitySettings(
+        create_policy(args.tca_policy),
+        found.prefill.table(found.block),
+        found.decode.table(found.block),
+        window=found.window,
+        probes=found.probes,
+    )

@@ -1,0 +1,39 @@
+"""The numba settings all CPU kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import numba
+
+F = TypeVar("F", bound=Callable[..., object])
+
+# Torch's own OpenMP workers spin for a while after each operator. Numba's OpenMP pool wakes up
+# beside them at a small cost; its workqueue pool costs several times more per launch.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+
+def jit(*, signature: str | None = None, parallel: bool = False) -> Callable[[F], F]:
+    """Compile for speed: contracted float arithmetic without NaN or infinity, cached on disk.
+
+    With a ``signature`` compilation happens at decoration, so that no later call has to wait.
+    """
+    decorator = numba.njit(
+        signature, parallel=parallel, fastmath=True, error_model="numpy", cache=True
+    )
+    return cast("Callable[[F], F]", decorator)
+
+
+def helper(function: F) -> F:
+    """Compile a function that kernels inline: constants of the caller reach its loops."""
+    compiled = numba.njit(fastmath=True, error_model="numpy", forceinline=True)(function)
+    return cast("F", compiled)
+
+
+def use_threads(count: int) -> int:
+    """Let the calling thread's kernels run on ``count`` threads; return how many numba grants."""
+    limit: int = numba.config.NUMBA_NUM_THREADS
+    granted = max(1, min(count, limit))
+    numba.set_num_threads(granted)
+    return granted

@@ -1,0 +1,164 @@
+"""Torch implementations of every kernel: the CPU path, and what the Triton kernels must match.
+
+All of them are vectorised over tokens; loops run over requests or rows only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _padded_slots(arena: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots of non-empty lists ``[H]`` as int64 ``[H, longest]``, and which entries are real.
+
+    Past a list's end its last slot is repeated, so that no foreign slot is ever read.
+    """
+    index = torch.arange(int(length.max()), device=arena.device)
+    slots = arena[start[:, None] + torch.minimum(index, length.long()[:, None] - 1)].long()
+    return slots, index < length[:, None]
+
+
+def decode_attention(
+    q: Tensor, kv: Tensor, arena: Tensor, start: Tensor, length: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See :func:`tca_kernels.decode.decode_attention`; also returns the log-sum-exp ``[B, Hq]``."""
+    batch, num_q_heads, head_dim = q.shape
+    num_kv_heads = start.shape[1]
+    out = torch.zeros(batch, num_kv_heads, num_q_heads // num_kv_heads, head_dim, device=q.device)
+    lse = torch.full(out.shape[:3], -torch.inf, device=q.device)
+    for b in range(batch):
+        heads = length[b].nonzero().squeeze(1)
+        if not len(heads):
+            continue
+        slots, valid = _padded_slots(arena, start[b, heads], length[b, heads])
+        rows = q[b].float().view(num_kv_heads, -1, head_dim)[heads]
+        logits = (rows @ kv[slots, 0].float().transpose(1, 2)) * scale
+        logits = logits.masked_fill(~valid[:, None], -torch.inf)
+        out[b, heads] = logits.softmax(-1) @ kv[slots, 1].float()
+        lse[b, heads] = logits.logsumexp(-1)
+    return out.view(q.shape).to(q.dtype), lse.view(batch, num_q_heads)
+
+
+def probe_scores(
+    q: Tensor,
+    kv: Tensor,
+    arena: Tensor,
+    start: Tensor,
+    lengths: Tensor,
+    counts: Tensor,
+    scale: float,
+) -> Tensor:
+    """See :func:`tca_kernels.score.probe_scores`."""
+    items, probes, num_q_heads, head_dim = q.shape
+    num_kv_heads = start.shape[1]
+    scores: list[Tensor] = []
+    for n in range(items):
+        length = lengths[n].to(q.device)
+        slots, _ = _padded_slots(arena, start[n], length)
+        keys = kv[slots, 0].float()
+        rows = q[n].float().view(probes, num_kv_heads, -1, head_dim).permute(1, 0, 2, 3)
+        logits = (rows.reshape(num_kv_heads, -1, head_dim) @ keys.transpose(1, 2)) * scale
+        logits = logits.view(num_kv_heads, probes, -1, slots.shape[1])
+        # Only the lists' ends hide anything from anyone.
+        first = max(int(length.min()) - probes + 1, 0)
+        limit = length[:, None] - probes + 1 + torch.arange(probes, device=q.device)
+        hidden = torch.arange(first, slots.shape[1], device=q.device) >= limit[..., None]
+        logits[..., first:].masked_fill_(hidden[:, :, None], -torch.inf)
+        weights = logits.softmax(-1)
+        mean = weights.mean((1, 2))
+        scores += [mean[h, :c] for h, c in enumerate(counts[n].tolist())]
+    return torch.cat(scores)
+
+
+def block_scores(scores: Tensor, block: int, kind: str) -> Tensor:
+    """See :func:`tca_kernels.select.block_scores`."""
+    blocks = scores.view(-1, block)
+    mass = blocks.sum(-1)
+    if kind == "mass":
+        return mass
+    hhi = blocks.square().sum(-1)
+    if kind == "raw-hhi":
+        return hhi
+    return torch.where(mass > 0, hhi / mass.square(), 0.0)
+
+
+def block_budgets(
+    block_score: Tensor,
+    row_blocks: Tensor,
+    level_counts: Tensor,
+    levels: tuple[int, ...],
+    descending: bool,
+) -> Tensor:
+    """Tokens that each block keeps, int64 ``[blocks]``."""
+    device = block_score.device
+    row = torch.repeat_interleave(torch.arange(len(row_blocks)), row_blocks).to(device)
+    # Two stable sorts order the blocks by row, then score, then index.
+    order = block_score.argsort(stable=True, descending=descending)
+    order = order[row[order].argsort(stable=True)]
+    by_rank = torch.tensor(levels).repeat(len(row_blocks)).repeat_interleave(level_counts.flatten())
+    keep = torch.empty_like(order)
+    keep[order] = by_rank.to(device)
+    return keep
+
+
+def select(
+    scores: Tensor,
+    block_score: Tensor,
+    row_blocks: Tensor,
+    level_counts: Tensor,
+    levels: tuple[int, ...],
+    descending: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`tca_kernels.select.select`; returns (indices, dropped mass)."""
+    block = scores.numel() // block_score.numel() if block_score.numel() else 1
+    keep = block_budgets(block_score, row_blocks, level_counts, levels, descending)
+    blocks = scores.view(-1, block)
+    best = blocks.argsort(dim=1, stable=True, descending=True)
+    rank = torch.empty_like(best)
+    rank.scatter_(1, best, torch.arange(block, device=scores.device).expand_as(best))
+    kept = rank < keep[:, None]
+
+    row_tokens = row_blocks * block
+    row = torch.repeat_interleave(torch.arange(len(row_blocks)), row_blocks).to(scores.device)
+    row_start = (row_tokens.cumsum(0) - row_tokens).to(scores.device)
+    flat = kept.flatten().nonzero().squeeze(1)
+    indices = (flat - row_start[row[flat // block]]).to(torch.int32)
+    dropped = torch.zeros(len(row_blocks), dtype=torch.float32, device=scores.device)
+    dropped.index_add_(0, row, blocks.masked_fill(kept, 0.0).sum(1))
+    return indices, dropped
+
+
+def view_slots(
+    arena: Tensor,
+    start: Tensor,
+    candidates: Tensor,
+    lengths: Tensor,
+    indices: Tensor,
+    indptr: Tensor,
+) -> Tensor:
+    """See :func:`tca_kernels.gather.view_slots`."""
+    parts: list[Tensor] = []
+    first = start.flatten().tolist()
+    bounds = indptr.tolist()
+    for row, (n, length) in enumerate(
+        zip(candidates.flatten().tolist(), lengths.flatten().tolist(), strict=True)
+    ):
+        parts.append(arena[first[row] + indices[bounds[row] : bounds[row + 1]].long()])
+        parts.append(arena[first[row] + n : first[row] + length])
+    return torch.cat(parts)
+
+
+def write_kv(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
+    """See :func:`tca_kernels.append.write_kv`."""
+    real = slots >= 0
+    target = slots[real].long()
+    kv[target, 0] = k[real].to(kv.dtype)
+    kv[target, 1] = v[real].to(kv.dtype)
+
+
+def append_slots(arena: Tensor, start: Tensor, length: Tensor, new_slots: Tensor) -> None:
+    """See :func:`tca_kernels.append.append_slots`."""
+    real = new_slots >= 0
+    arena[(start + length)[real]] = new_slots[real]
+    length += real.to(length.dtype)

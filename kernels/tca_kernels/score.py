@@ -1,0 +1,150 @@
+"""Importance of list entries: the mean softmax weight that probe queries give them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tca_kernels import dispatch, reference
+from tca_kernels.dispatch import cdiv, check_pool, host_table, next_power_of_2, upload
+
+_PROGRAMS_PER_SM = 8
+_MERGE_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Tile of both scoring kernels: keys per step, and Triton's warps and stages."""
+
+    block: int
+    num_warps: int
+    num_stages: int
+
+
+def default_config(rows: int, head_dim: int, dtype: torch.dtype) -> ScoreConfig:
+    """Keep a tile's logits in registers, and queries and two tiles of keys in shared memory."""
+    wide = rows > 128 or rows * head_dim * dtype.itemsize > 128 * 128 * 2
+    return ScoreConfig(64, num_warps=8 if wide else 4, num_stages=2 if wide else 3)
+
+
+def _max_rows(head_dim: int, dtype: torch.dtype) -> int:
+    # Float32 operands are split into three parts, which need shared memory of their own.
+    query_bytes = 32768 if dtype == torch.float32 else 65536
+    return min(query_bytes // (head_dim * dtype.itemsize), 256)
+
+
+def probe_scores(
+    q: Tensor,
+    kv: Tensor,
+    arena: Tensor,
+    start: Tensor,
+    lengths: Tensor,
+    counts: Tensor,
+    scale: float,
+    config: ScoreConfig | None = None,
+) -> Tensor:
+    r"""Score the first ``counts`` entries of every list with the probe queries that end it.
+
+    ``s_j = mean_{i, g} softmax_j(scale * q[i, g] . K_j)`` over probes ``i`` and the query heads
+    ``g`` of the KV head (the paper's importance, with several probes). A list ends with the
+    probes' own tokens: probe ``i`` of ``P`` sees its first ``length - P + 1 + i`` entries, all of
+    which count in its softmax, scored or not.
+
+    Parameters
+    ----------
+    q : ``[N, P, Hq, D]``; last dimension contiguous. An item ``n`` is one selection: a request,
+        or one sub-chunk of it. Neighbouring items whose lists are prefixes of one another share
+        their reads.
+    kv : ``[num_slots, 2, D]``, contiguous
+    arena : int32 ``[A]``
+    start : int64 ``[N, Hkv]``, on the device, any strides
+    lengths : ``[N, Hkv]``, integer, **on the host**; at least ``P`` each
+    counts : ``[N, Hkv]``, integer, **on the host**; at most the length each
+    scale : usually ``D ** -0.5``
+    config : replaces the tuned default
+
+    Returns
+    -------
+    float32 ``[sum(counts)]``, lists in the order of ``counts.flatten()``.
+
+    Raises
+    ------
+    ValueError
+        If a list is shorter than the probes or than its count, or a table is on the device.
+    """
+    check_pool(kv, q.shape[-1])
+    lengths, counts = host_table(lengths, "lengths"), host_table(counts, "counts")
+    if bool((lengths < q.shape[1]).any()) or bool((counts > lengths).any()):
+        raise ValueError("every list must hold its probes' tokens and the entries to be scored")
+    if not dispatch.use_triton(q):
+        return reference.probe_scores(q, kv, arena, start, lengths, counts, scale)
+    probes = q.shape[1]
+    step = _max_rows(q.shape[3], kv.dtype) // (q.shape[2] // start.shape[1])
+    if probes <= step:
+        return _score_triton(q, kv, arena, start, lengths, counts, scale, config)
+    # More rows than one matrix product takes. Earlier probes see a prefix of the list.
+    total = torch.zeros(int(counts.sum()), dtype=torch.float32, device=q.device)
+    for first in range(0, probes, step):
+        part = q[:, first : first + step]
+        seen = lengths - (probes - first - part.shape[1])
+        score = _score_triton(part, kv, arena, start, seen, counts, scale, config)
+        total.add_(score, alpha=part.shape[1] / probes)
+    return total
+
+
+def _score_triton(
+    q: Tensor,
+    kv: Tensor,
+    arena: Tensor,
+    start: Tensor,
+    lengths: Tensor,
+    counts: Tensor,
+    scale: float,
+    config: ScoreConfig | None,
+) -> Tensor:
+    from tca_kernels.triton.score import (
+        probe_lse_kernel,
+        probe_merge_kernel,
+        probe_weights_kernel,
+    )
+
+    items, probes, num_q_heads, head_dim = q.shape
+    num_heads = start.shape[1]
+    pairs = items * num_heads
+    group = num_q_heads // num_heads
+    rows = max(16, next_power_of_2(probes * group))
+    config = config or default_config(rows, head_dim, kv.dtype)
+    chunk = _chunk(int(lengths.sum()), config.block, q.device)
+    num_chunks = cdiv(int(lengths.max()), chunk)
+
+    ends = counts.flatten().cumsum(0)
+    table = torch.stack((lengths.flatten(), counts.flatten(), ends - counts.flatten()), 1)
+    table = upload(table, q.device)
+    scores = torch.empty(int(ends[-1]), dtype=torch.float32, device=q.device)
+    partial = torch.empty(num_chunks, pairs, rows, dtype=torch.float32, device=q.device)
+    lse = torch.empty(pairs, rows, dtype=torch.float32, device=q.device)
+    queries = (q, q.stride(0), q.stride(1), q.stride(2))
+    lists = (kv, arena, start, start.stride(0), start.stride(1), table)
+    sizes = (scale * math.log2(math.e), items, num_heads, chunk)
+    shape = {"PROBES": probes, "GROUP": group, "ROWS": rows, "D": head_dim, "BLOCK": config.block}
+    launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    probe_lse_kernel[(pairs, num_chunks)](*queries, *lists, partial, *sizes, **shape, **launch)
+    probe_merge_kernel[(pairs,)](partial, table, lse, pairs, chunk, ROWS=rows, BLOCK=_MERGE_BLOCK)
+    probe_weights_kernel[(pairs, cdiv(int(counts.max()), chunk))](
+        *queries, *lists, lse, scores, *sizes, **shape, **launch
+    )
+    return scores
+
+
+def _chunk(total: int, block: int, device: torch.device) -> int:
+    """Slots per program: several programs per multiprocessor, but enough to repay their start."""
+    sms = (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
+    wanted = cdiv(total, sms * _PROGRAMS_PER_SM)
+    return min(max(cdiv(wanted, block), 8), 64) * block

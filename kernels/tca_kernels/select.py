@@ -1,0 +1,167 @@
+"""From importances to kept entries: block scores, budget ranks, per-block top-k, compaction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tca_kernels import dispatch, reference
+from tca_kernels.dispatch import cdiv, host_table, upload
+
+BlockScore = Literal["raw-hhi", "normalised-hhi", "mass"]
+
+_SCORE_TILE = 32
+_RANK_TILE = 64
+_SUM_TILE = 1024
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selection keeps, per row.
+
+    Attributes
+    ----------
+    indices : int32 ``[kept]``, places within a row's candidates, ascending in each row
+    indptr : int64 ``[R + 1]`` on the host; row ``r`` keeps ``indices[indptr[r] : indptr[r + 1]]``
+    dropped_mass : float32 ``[R]``, summed importance of the row's candidates that are not kept
+    """
+
+    indices: Tensor
+    indptr: Tensor
+    dropped_mass: Tensor
+
+
+def block_scores(scores: Tensor, block: int, kind: BlockScore = "raw-hhi") -> Tensor:
+    r"""Score every block of candidates.
+
+    ``raw-hhi``: ``h_B = sum_{j in B} s_j^2``; ``normalised-hhi``: the same of ``s`` normalised to
+    sum one inside the block (0 for a block without mass); ``mass``: ``sum_{j in B} s_j``.
+
+    Parameters
+    ----------
+    scores : float32 ``[n]``, contiguous; ``n`` a multiple of ``block``. Rows may follow one
+        another, since every row is made of whole blocks.
+    block : tokens per block, a power of two
+
+    Returns
+    -------
+    float32 ``[n / block]``.
+    """
+    if scores.numel() % block:
+        raise ValueError(f"{scores.numel()} scores are not whole blocks of {block}")
+    if kind not in get_args(BlockScore):
+        raise ValueError(f"block score {kind!r} is none of {', '.join(get_args(BlockScore))}")
+    if not dispatch.use_triton(scores):
+        return reference.block_scores(scores, block, kind)
+    from tca_kernels.triton.select import block_score_kernel
+
+    num_blocks = scores.numel() // block
+    out = torch.empty(num_blocks, dtype=torch.float32, device=scores.device)
+    if num_blocks:
+        block_score_kernel[(cdiv(num_blocks, _SCORE_TILE),)](
+            scores,
+            out,
+            num_blocks,
+            KIND=kind,
+            BLOCK=block,
+            TILE=_SCORE_TILE,
+        )
+    return out
+
+
+def select(
+    scores: Tensor,
+    block_score: Tensor,
+    row_blocks: Tensor,
+    level_counts: Tensor,
+    levels: tuple[int, ...],
+    *,
+    descending: bool = False,
+) -> Selection:
+    """Keep in every block as many of its best entries as its rank among the row's blocks earns.
+
+    The blocks of a row are sorted by ``block_score``; the first ``level_counts[r, 0]`` keep
+    ``levels[0]`` entries each, the next ``level_counts[r, 1]`` keep ``levels[1]``, and so on (the
+    paper's budget ``p_k``). Ties go to the lower index, among blocks and among entries, so the
+    result is a function of the inputs on every device, and its size one of the counts alone.
+
+    Parameters
+    ----------
+    scores : float32 ``[n]``, contiguous; rows follow one another, each of whole blocks
+    block_score : float32 ``[n / block]``, contiguous
+    row_blocks : ``[R]``, integer, **on the host**: blocks of each row
+    level_counts : ``[R, len(levels)]``, integer, **on the host**; each row sums to ``row_blocks``
+    levels : entries kept per block at each level, at most the block's size
+    descending : the highest block scores come first in the ranking, instead of the lowest
+
+    Raises
+    ------
+    ValueError
+        If counts, blocks and scores do not agree, or a table is on the device.
+    """
+    row_blocks = host_table(row_blocks, "row_blocks")
+    level_counts = host_table(level_counts, "level_counts")
+    if not torch.equal(level_counts.sum(1), row_blocks):
+        raise ValueError("level_counts must distribute exactly the blocks of each row")
+    if int(row_blocks.sum()) != block_score.numel():
+        raise ValueError(f"{int(row_blocks.sum())} blocks, but {block_score.numel()} block scores")
+    kept = (level_counts * torch.tensor(levels)).sum(1)
+    indptr = torch.zeros(len(kept) + 1, dtype=torch.int64)
+    torch.cumsum(kept, 0, out=indptr[1:])
+    if dispatch.use_triton(scores) and block_score.numel():
+        indices, dropped = _select_triton(
+            scores, block_score, row_blocks, level_counts, levels, descending, int(indptr[-1])
+        )
+    else:
+        indices, dropped = reference.select(
+            scores, block_score, row_blocks, level_counts, levels, descending
+        )
+    return Selection(indices, indptr, dropped)
+
+
+def _select_triton(
+    scores: Tensor,
+    block_score: Tensor,
+    row_blocks: Tensor,
+    level_counts: Tensor,
+    levels: tuple[int, ...],
+    descending: bool,
+    kept: int,
+) -> tuple[Tensor, Tensor]:
+    from tca_kernels.triton.select import block_budget_kernel, block_topk_kernel, row_sum_kernel
+
+    device = scores.device
+    num_rows, num_blocks = len(row_blocks), block_score.numel()
+    block = scores.numel() // num_blocks
+    longest = int(row_blocks.max())
+    # One upload for all tables.
+    bounds = torch.zeros(num_rows + 1, dtype=torch.int64)
+    torch.cumsum(row_blocks, 0, out=bounds[1:])
+    stops = level_counts.cumsum(1).flatten()
+    table = upload(torch.cat((bounds, stops, torch.tensor(levels))).to(torch.int32), device)
+    row_ptr, stop_ptr, level_ptr = table.tensor_split((num_rows + 1, num_rows + 1 + stops.numel()))
+
+    keep = torch.empty(num_blocks, dtype=torch.int32, device=device)
+    block_budget_kernel[(num_rows, cdiv(longest, _RANK_TILE))](
+        block_score,
+        row_ptr,
+        stop_ptr,
+        level_ptr,
+        keep,
+        LEVELS=len(levels),
+        DESCENDING=descending,
+        TILE=_RANK_TILE,
+    )
+    keep_end = keep.cumsum(0, dtype=torch.int32)
+    indices = torch.empty(kept, dtype=torch.int32, device=device)
+    dropped = torch.empty(num_blocks, dtype=torch.float32, device=device)
+    tile = max(1, 4096 // (block * block))
+    block_topk_kernel[(num_rows, cdiv(longest, tile))](
+        scores, keep, keep_end, row_ptr, indices, dropped, BLOCK=block, TILE=tile
+    )
+    row_dropped = torch.empty(num_rows, dtype=torch.float32, device=device)
+    row_sum_kernel[(num_rows,)](dropped, row_ptr, row_dropped, TILE=_SUM_TILE)
+    return indices, row_dropped

@@ -1,0 +1,1 @@
+"""Triton kernels, without host code. Imported only by the wrappers one level up."""

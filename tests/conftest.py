@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
-import torch
+# As the server does: threads that wait must not take the processor from those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402 - libgomp reads the environment when it is loaded
 
 # Triton reads this when it is first imported, which transformers does too.
 if not torch.cuda.is_available():

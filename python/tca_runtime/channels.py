@@ -32,9 +32,7 @@ class Sender(Generic[M]):
 class Receiver(Generic[M]):
     """Receiving end for a synchronous loop. ``union`` is the message union it decodes."""
 
-    def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], address: str, union: Any
-    ) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, union: Any) -> None:
         self._socket = context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.bind(address)

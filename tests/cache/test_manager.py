@@ -9,10 +9,18 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
+from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.manager import CacheManager
 from tca_runtime.cache.radix_tree import Namespace
+from tca_runtime.cache.reclaim import CoreChooser
 from tca_runtime.cache.sequence import Sequence
 from tca_runtime.cache.slot_pool import OutOfSlotsError, SlotPool
 from tca_runtime.cache.views import ViewTable
@@ -23,9 +31,23 @@ NAMESPACES = [Namespace(), Namespace("other", prunable=False)]
 CPU = torch.device("cpu")
 
 
-def make_manager(tokens: int = CAPACITY, requests: int = 4) -> CacheManager:
+def keep_half(slots: HeadSlots, importance: torch.Tensor) -> torch.Tensor | None:
+    """A core that differs between rows: even positions in even rows, odd ones in odd rows."""
+    rows = torch.from_numpy(np.repeat(np.arange(len(slots.lengths)), slots.lengths))
+    return (slots.positions + rows) % 2 == 0
+
+
+def make_manager(
+    tokens: int = CAPACITY,
+    requests: int = 4,
+    host_tokens: int = 0,
+    choose_core: CoreChooser | None = None,
+    may_prune: bool = True,
+) -> CacheManager:
     pool = SlotPool(tokens * ROWS + 1, 2, torch.float32, CPU)
-    return CacheManager(pool, ViewTable(requests, LAYERS, HEADS, (8 * tokens + 1600) * ROWS, CPU))
+    host = SlotPool(host_tokens * ROWS + 1, 2, torch.float32, CPU) if host_tokens else None
+    views = ViewTable(requests, LAYERS, HEADS, (8 * tokens + 1600) * ROWS, CPU)
+    return CacheManager(pool, views, host=host, choose_core=choose_core, may_prune=may_prune)
 
 
 def prefix_value(tokens: np.ndarray, row: int) -> float:
@@ -48,14 +70,22 @@ def write(manager: CacheManager, run: Running, begin: int, slots: torch.Tensor) 
             manager.pool.kv[slots[row, column]] = value
 
 
-def assert_readable(manager: CacheManager, run: Running) -> None:
+def assert_readable(manager: CacheManager, run: Running, complete: bool) -> None:
+    """Each row reads what was written, in order: all of it, or what pruning left of it."""
     lists = manager.views.lists(torch.tensor([run.sequence.view.index]))
     for row in range(ROWS):
         layer, head = divmod(row, HEADS)
         begin = int(lists.start[0, layer, head])
         slots = lists.arena[begin : begin + int(lists.length[0, layer, head])]
         expected = [prefix_value(run.tokens[: i + 1], row) for i in range(run.sequence.computed)]
-        assert manager.pool.kv[slots.long(), 0, 0].tolist() == expected
+        found = manager.pool.kv[slots.long(), 0, 0].tolist()
+        if complete or not run.namespace.prunable:
+            assert found == expected
+        else:
+            rest = iter(expected)
+            assert all(value in rest for value in found), "not a subsequence"
+            own = run.sequence.computed - run.sequence.handle.num_tokens
+            assert own == 0 or found[-own:] == expected[-own:]
 
 
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=14)
@@ -64,9 +94,17 @@ prompts = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 class CacheMachine(RuleBasedStateMachine):
     """Random requests over a three-token alphabet, so prefixes are shared all the time."""
 
+    host_tokens = 0
+    choose_core: CoreChooser | None = None
+    may_prune = True
+
     def __init__(self) -> None:
         super().__init__()
-        self.manager = make_manager()
+        self.manager = make_manager(
+            host_tokens=self.host_tokens,
+            choose_core=type(self).choose_core,
+            may_prune=self.may_prune,
+        )
         self.running: list[Running] = []
 
     def pick(self, data: st.DataObject) -> Running:
@@ -83,7 +121,7 @@ class CacheMachine(RuleBasedStateMachine):
         missing = len(tokens) - match.num_tokens
         sequence = self.manager.begin(match, headroom=missing + 3)
         if sequence is None:
-            assert len(self.running) == 4
+            assert len(self.running) == 4 or self.host_tokens
             return
         run = Running(namespace, tokens, sequence)
         self.running.append(run)
@@ -133,11 +171,61 @@ class CacheMachine(RuleBasedStateMachine):
     def consistent(self) -> None:
         self.manager.check()
         for run in self.running:
-            assert_readable(self.manager, run)
+            assert_readable(self.manager, run, complete=not self.prunes)
+
+    @property
+    def prunes(self) -> bool:
+        return type(self).choose_core is not None and self.may_prune
 
 
-CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-test_cache_machine = CacheMachine.TestCase
+class PruningMachine(CacheMachine):
+    """No host tier: under pressure prefixes lose all but their core."""
+
+    choose_core = staticmethod(keep_half)
+
+
+class DemotingMachine(CacheMachine):
+    """A host tier, and nothing may be dropped: a prefix is complete or gone."""
+
+    choose_core = staticmethod(keep_half)
+    host_tokens = 40
+    may_prune = False
+
+
+class TieredMachine(CacheMachine):
+    """A small host tier in front of pruning."""
+
+    choose_core = staticmethod(keep_half)
+    host_tokens = 25
+
+
+class OffloadingMachine(CacheMachine):
+    """Full attention with a host tier: prefixes move whole."""
+
+    host_tokens = 40
+
+
+MACHINES = [CacheMachine, PruningMachine, DemotingMachine, TieredMachine, OffloadingMachine]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_random_operations(machine: type[CacheMachine]) -> None:
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=40, stateful_step_count=40, deadline=None)
+    )
+
+
+@pytest.mark.parametrize("machine", MACHINES[1:])
+def test_pressure_is_really_reached(machine: type[CacheMachine]) -> None:
+    """The machines above must demote, prune or promote, or they would prove nothing."""
+    manager = make_manager(20, 4, machine.host_tokens, machine.choose_core, machine.may_prune)
+    for start in (0, 20, 0, 20):
+        run_prompt(manager, list(range(start, start + 14)))
+    counts = manager.reclaimer.counts
+    if machine.host_tokens:
+        assert counts.demoted and counts.promoted
+    else:
+        assert counts.pruned
 
 
 def run_prompt(

@@ -35,8 +35,8 @@ WriteLayer = Callable[[int, Tensor, Tensor], None]
 class CpuBackend(AttentionBackend):
     """Fast attention over float32 pools; pools of other types decode by gathering.
 
-    Creating a backend compiles the kernels of its head geometry, which takes seconds the first
-    time; later processes load them from numba's cache.
+    Creating a backend compiles the kernels for its head size, which takes seconds the first time;
+    later processes load them from numba's cache.
     """
 
     def __init__(self, shape: AttentionShape, kv: Tensor) -> None:
@@ -45,7 +45,7 @@ class CpuBackend(AttentionBackend):
         if self.compiled:
             begin = time.perf_counter()
             self._pool = kv.numpy()
-            self._decode_kernel = decode_kernel(shape.group, shape.head_dim)
+            self._decode_kernel = decode_kernel(shape.head_dim)
             self._write_kernel = write_kernel()
             logger.info("CPU attention kernels ready in %.1f s", time.perf_counter() - begin)
 
@@ -61,6 +61,7 @@ class CpuBackend(AttentionBackend):
         if step.decode is not None:
             lists = step.decode
             decode = self._in_place_decode(lists) if self.compiled else self._gather_decode(lists)
+        choose_view = step.choose_view
         prefill: list[tuple[slice, RequestLists]] = []
         if step.prefill is not None:
             prefill = [_past(step.prefill, chunk) for chunk in step.chunks]
@@ -70,9 +71,12 @@ class CpuBackend(AttentionBackend):
             out = torch.empty(q.shape, dtype=q.dtype)
             if decode is not None:
                 decode(layer, q, out)
-            for tokens, past in prefill:
+            for index, (tokens, past) in enumerate(prefill):
+                queries = q[tokens]
+                view = choose_view(layer, index, queries) if choose_view else None
+                slots = past.slots(layer) if view is None else view.per_head()
                 out[tokens] = attend_chunk(
-                    q[tokens], k[tokens], v[tokens], self.kv, past.slots(layer), self.shape.scale
+                    queries, k[tokens], v[tokens], self.kv, slots, self.shape.scale
                 )
             return out.view(len(q), -1)
 

@@ -43,10 +43,16 @@ class TorchBackend(AttentionBackend):
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
             for (lists, chunk), (start, length) in zip(work, places, strict=True):
                 tokens = slice(chunk.token_start, chunk.token_start + chunk.num_tokens)
+                view = None
+                if lists is step.prefill and step.choose_view is not None:
+                    view = step.choose_view(layer, chunk.index, q[tokens])
                 for head in range(self.shape.num_kv_heads):
                     heads = slice(head * self.shape.group, (head + 1) * self.shape.group)
                     first = start[layer][head]
                     entries = lists.arena[first : first + length[layer][head]].long()
+                    if view is not None:
+                        own = entries[len(entries) - chunk.num_tokens :]
+                        entries = torch.cat([view.per_head()[head].long(), own])
                     out[tokens, heads] = _causal_attention(
                         q[tokens, heads], self.kv[entries], self.shape.scale
                     )

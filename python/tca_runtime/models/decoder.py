@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tca_runtime.attention.base import LayerAttention
 from tca_runtime.models.config import ModelConfig
 from tca_runtime.models.layers import (
     DecoderLayer,
+    Embedding,
     GatedMLP,
     HeadNorm,
-    Linear,
     RMSNorm,
     SelfAttention,
 )
@@ -26,24 +25,28 @@ class Decoder:
     """A pre-norm decoder with RMS norm, rotary positions and gated MLPs (``CausalLM``)."""
 
     def __init__(self, config: ModelConfig, weights: WeightBuilder) -> None:
-        self._embedding = weights.embedding(
-            "model.embed_tokens.weight", config.vocab_size, config.hidden_size
+        self._head = weights.linear(
+            ["model.embed_tokens" if config.tie_embeddings else "lm_head"],
+            [config.vocab_size],
+            config.hidden_size,
         )
+        if config.tie_embeddings:
+            self._embedding = Embedding(self._head.weight.t())
+        else:
+            self._embedding = weights.embedding(
+                "model.embed_tokens", config.vocab_size, config.hidden_size
+            )
         self._layers = [_layer(config, weights, index) for index in range(config.num_layers)]
         self._norm = RMSNorm(
             weights.vector(["model.norm.weight"], [config.hidden_size]), config.rms_eps
         )
-        if config.tie_embeddings:
-            self._head = Linear(self._embedding.t())
-        else:
-            self._head = weights.linear(["lm_head"], [config.vocab_size], config.hidden_size)
         self._rotary = RotaryTable(
             config.rope, config.head_dim, config.max_position, weights.dtype, weights.device
         )
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> Tensor:
         """Hidden states ``[T, hidden]`` after the final norm; see ``CausalLM.forward``."""
-        hidden = F.embedding(input_ids, self._embedding)
+        hidden = self._embedding(input_ids)
         cos, sin = self._rotary.lookup(positions)
         for index, layer in enumerate(self._layers):
             layer.attention.add_to(hidden, layer.input_norm(hidden), index, cos, sin, attention)
@@ -56,7 +59,7 @@ class Decoder:
 
     def fingerprint(self) -> str:
         """Names the weights, whatever dtype and device they are loaded to."""
-        sample = torch.cat([self._embedding[:64].flatten(), self._norm.weight])
+        sample = torch.cat([self._embedding.table[:64].flatten(), self._norm.weight])
         rounded = sample.to("cpu", torch.bfloat16).view(torch.int16)
         return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()[:16]
 

@@ -40,6 +40,19 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedding:
+    """Rows of ``[vocab, hidden]``, which may be a view of a row-major ``[hidden, vocab]`` head."""
+
+    table: Tensor
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        if self.table.is_contiguous():
+            return F.embedding(ids, self.table)
+        # F.embedding would gather such rows element by element.
+        return self.table.t().index_select(1, ids).t().contiguous()
+
+
+@dataclass(frozen=True, slots=True)
 class RMSNorm:
     """Root-mean-square norm over the last dimension."""
 

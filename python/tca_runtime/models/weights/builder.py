@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tca_runtime.models.layers import Linear
+from tca_runtime.models.layers import Embedding, Linear
 from tca_runtime.models.weights.source import WeightSource
 
 
@@ -19,11 +19,11 @@ class WeightBuilder:
         self.device = device
         self._source = source
 
-    def embedding(self, name: str, rows: int, size: int) -> Tensor:
-        """A ``[rows, size]`` table."""
-        tensor = self._source.read(name, (rows, size))
+    def embedding(self, name: str, vocab_size: int, size: int) -> Embedding:
+        """The table of one vector per token."""
+        tensor = self._source.read(f"{name}.weight", (vocab_size, size))
         # A copy in any case: the source may hand out a view of a mapped file.
-        return tensor.to(self.device, self.dtype, copy=True)
+        return Embedding(tensor.to(self.device, self.dtype, copy=True))
 
     def vector(self, names: Sequence[str], sizes: Sequence[int]) -> Tensor:
         """Vectors joined end to end."""

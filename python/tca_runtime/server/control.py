@@ -1,0 +1,53 @@
+"""Commands about the server as a whole: flush, abort, profile."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from tca_runtime.messages import ControlReply
+from tca_runtime.server.context import ServerContext
+from tca_runtime.server.schemas import AbortBody, ProfileBody, parse, read_body
+from tca_runtime.tokenizer.errors import RequestError
+
+# Writing a trace of a long recording takes a while.
+_STOP_PROFILE_SECONDS = 300.0
+
+_abort_decoder = msgspec.json.Decoder(AbortBody)
+_profile_decoder = msgspec.json.Decoder(ProfileBody)
+
+
+def control_router(context: ServerContext) -> APIRouter:
+    router = APIRouter()
+    manager = context.manager
+
+    @router.api_route("/flush_cache", methods=["GET", "POST"])
+    async def flush_cache() -> Response:
+        return _text_reply(await manager.control("flush_cache"))
+
+    @router.post("/abort_request")
+    async def abort_request(http: Request) -> Response:
+        body = await context.read(http, _abort_decoder)
+        if not body.rid and not body.abort_all:
+            raise RequestError("give a rid or abort_all: true", param="rid")
+        manager.abort("" if body.abort_all else body.rid or "")
+        return Response(status_code=200)
+
+    @router.api_route("/start_profile", methods=["GET", "POST"])
+    async def start_profile(http: Request) -> Response:
+        raw = await read_body(http, context.config.server.max_body_bytes)
+        body = parse(raw, _profile_decoder) if raw.strip() else ProfileBody()
+        args = {"output_dir": body.output_dir} if body.output_dir else {}
+        return _text_reply(await manager.control("start_profile", args))
+
+    @router.api_route("/stop_profile", methods=["GET", "POST"])
+    async def stop_profile() -> Response:
+        return _text_reply(await manager.control("stop_profile", timeout=_STOP_PROFILE_SECONDS))
+
+    return router
+
+
+def _text_reply(reply: ControlReply) -> Response:
+    if not reply.ok:
+        raise RequestError(reply.message)
+    return Response(reply.message + "\n", media_type="text/plain")

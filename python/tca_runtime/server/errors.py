@@ -1,0 +1,92 @@
+"""Errors as clients see them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from tca_runtime.tokenizer.errors import RequestError
+from tca_runtime.tokenizer.state import RequestState
+
+# The status of requests that ended because somebody wanted it; nobody waits for such a reply.
+ABORTED = 499
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its reply was complete."""
+
+
+def error_type(status: int) -> str:
+    return _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+
+
+def native_error(message: str, status: int) -> dict[str, Any]:
+    """Body of an error of ``/generate``, and of every error inside a stream."""
+    return {"error": {"message": message, "type": error_type(status), "code": status}}
+
+
+def openai_error(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """Body of an error of every other route."""
+    return {
+        "object": "error",
+        "message": message,
+        "type": error_type(status),
+        "param": param,
+        "code": status,
+    }
+
+
+def error_response(path: str, message: str, status: int, param: str | None = None) -> Response:
+    if path == "/generate":
+        body = native_error(message, status)
+    else:
+        body = openai_error(message, status, param)
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+def raise_if_failed(state: RequestState) -> None:
+    """Raise what ended an output with an error; an abort that was asked for is no error."""
+    finish = state.finish
+    if finish is not None and finish.type == "abort" and finish.status not in (0, ABORTED):
+        raise RequestError(finish.message, status=finish.status)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    async def on_request_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestError)
+        return error_response(request.url.path, error.message, error.status, error.param)
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return error_response(request.url.path, message, error.status_code)
+
+    async def on_recursion(request: Request, error: Exception) -> Response:
+        # Only what a client sent can be nested so deeply.
+        return error_response(request.url.path, "the request is nested too deeply", 400)
+
+    async def on_client_gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=ABORTED)
+
+    async def on_crash(request: Request, error: Exception) -> Response:
+        logger.error("%s %s", request.method, request.url.path, exc_info=error)
+        return error_response(request.url.path, "internal server error", 500)
+
+    app.add_exception_handler(RequestError, on_request_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RecursionError, on_recursion)
+    app.add_exception_handler(ClientGone, on_client_gone)
+    app.add_exception_handler(Exception, on_crash)

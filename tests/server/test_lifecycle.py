@@ -1,0 +1,153 @@
+"""Disconnects, aborts, and a scheduler that dies: no request is ever left open."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+import time
+from typing import Any
+
+import pytest
+import requests
+
+from tests.server.harness import Server, eventually, running_server
+from tests.server.test_native import events, script
+
+BODIES: list[tuple[str, dict[str, Any]]] = [
+    ("/generate", {"text": "hello", "sampling_params": script(hang=True)}),
+    ("/generate", {"text": ["a", "b"], "sampling_params": script(hang=True)}),
+    ("/v1/completions", {"prompt": "hello", **script(hang=True)}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], **script(hang=True)}),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "body"), BODIES)
+def test_client_that_leaves_before_the_first_token(
+    server: Server, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    before = len(server.scheduler.received)
+    with pytest.raises(requests.exceptions.ReadTimeout):
+        requests.post(server.url + path, json={**body, "stream": stream}, timeout=0.3)
+    rids = {message.rid for message in server.scheduler.received[before:]}
+    assert rids
+    eventually(lambda: rids <= set(server.scheduler.aborted))
+    eventually(lambda: server.manager.num_open == 0)
+
+
+def test_client_that_leaves_during_a_stream(server: Server) -> None:
+    params = script(answer="hello " * 100, delay=0.01, max_new_tokens=400)
+    body = {"text": "hello", "sampling_params": params, "stream": True}
+    with server.post("/generate", body, stream=True) as response:
+        next(response.iter_lines())
+    rid = server.scheduler.received[-1].rid
+    eventually(lambda: rid in server.scheduler.aborted)
+    eventually(lambda: server.manager.num_open == 0 and server.scheduler.num_active == 0)
+
+
+@pytest.mark.parametrize("abort", [{"rid": "victim"}, {"rid": "", "abort_all": True}])
+def test_abort_request_ends_with_a_normal_reply(server: Server, abort: dict[str, Any]) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        body = {"text": ["a", "b"], "rid": "victim", "sampling_params": script(hang=True)}
+        reply = pool.submit(server.post, "/generate", body)
+        eventually(lambda: server.manager.num_open == 2)
+        assert server.post("/abort_request", abort).status_code == 200
+        response = reply.result()
+    assert response.status_code == 200
+    reasons = [item["meta_info"]["finish_reason"]["type"] for item in response.json()]
+    assert reasons == ["abort", "abort"]
+
+
+def test_abort_of_something_else_changes_nothing(server: Server) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        params = script(delay=0.05, answer="hello there")
+        reply = pool.submit(server.generate, text="a", rid="keep", sampling_params=params)
+        eventually(lambda: server.manager.num_open == 1)
+        assert server.post("/abort_request", {"rid": "kee"}).status_code == 200
+        assert server.post("/abort_request", {}).status_code == 400
+        assert reply.result()["text"] == "hello there"
+
+
+def test_rid_can_be_used_again_at_once(server: Server) -> None:
+    with pytest.raises(requests.exceptions.ReadTimeout):
+        body = {"text": "a", "rid": "same", "sampling_params": script(hang=True)}
+        requests.post(server.url + "/generate", json=body, timeout=0.2)
+    reply = server.generate(text="a", rid="same")
+    assert reply["meta_info"]["finish_reason"]["type"] == "stop"
+    assert reply["meta_info"]["id"] == "same"
+
+
+def test_scheduler_death_ends_everything(own_server: Server) -> None:
+    server = own_server
+    assert server.get("/health").status_code == 200
+    responses: list[requests.Response] = []
+    threads = [
+        threading.Thread(target=lambda p=path, b=body: responses.append(server.post(p, b)))
+        for path, body in BODIES
+    ]
+    for thread in threads:
+        thread.start()
+    params = script(answer="hello " * 100, delay=0.01, max_new_tokens=400)
+    body = {"text": "hello", "sampling_params": params, "stream": True}
+    with server.post("/generate", body, stream=True) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        eventually(lambda: server.manager.num_open == 6)
+        server.scheduler.die("Traceback ...\nRuntimeError: out of luck\n")
+        rest = [line for line in lines if line]
+    assert rest[-1] == b"data: [DONE]" and b'"code":503' in rest[-2]
+    for thread in threads:
+        thread.join(10)
+    assert [r.status_code for r in responses] == [503] * len(BODIES)
+    assert all("out of luck" in r.text for r in responses)
+    for path in ("/health", "/health_generate"):
+        response = server.get(path)
+        assert response.status_code == 503 and "out of luck" in response.text
+    assert server.post("/generate", {"text": "a"}).status_code == 503
+    assert server.post("/flush_cache", {}).status_code == 503
+    assert server.get("/server_info").status_code == 200
+    assert server.manager.failure == "RuntimeError: out of luck"
+
+
+def test_launcher_can_report_the_death(own_server: Server) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        reply = pool.submit(own_server.post, *BODIES[0])
+        eventually(lambda: own_server.manager.num_open == 1)
+        own_server.manager.fail("the scheduler exited with status -9")
+        own_server.post("/abort_request", {"rid": "x"})
+        response = reply.result()
+    assert response.status_code == 503 and "status -9" in response.text
+
+
+def test_silence_makes_the_server_unhealthy() -> None:
+    with running_server(heartbeat_timeout=0.5) as server:
+        assert server.get("/health").status_code == 200
+        server.scheduler.silent.set()
+        eventually(lambda: server.get("/health").status_code == 503)
+        server.scheduler.silent.clear()
+        eventually(lambda: server.get("/health").status_code == 200)
+
+
+def test_many_streams_at_once(server: Server) -> None:
+    def run(number: int) -> str:
+        params = script(answer=f"hello {number} world", delay=0.002)
+        body = {"text": f"prompt {number}", "sampling_params": params, "stream": True}
+        return str(events(server.post("/generate", body, stream=True))[-1]["text"])
+
+    with concurrent.futures.ThreadPoolExecutor(100) as pool:
+        texts = list(pool.map(run, range(200)))
+    assert texts == [f"hello {number} world" for number in range(200)]
+    assert server.manager.num_open == 0
+
+
+def test_long_prompt_does_not_block_others(server: Server) -> None:
+    body = {"text": "the quick brown fox " * 60_000}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        long = pool.submit(server.post, "/generate", body)
+        time.sleep(0.05)
+        others = 0
+        while not long.done():
+            assert server.get("/health").status_code == 200
+            others += 1
+    assert long.result().status_code == 400
+    assert others >= 3

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 
 import uvicorn
+import uvloop
 import zmq
 import zmq.asyncio
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     addresses = Addresses(f"ipc://{directory}/scheduler", f"ipc://{directory}/tokenizer")
     try:
         with bind(config.server) as listener:
-            return asyncio.run(serve(config, addresses, listener))
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                return runner.run(serve(config, addresses, listener))
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -64,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bind(args: ServerArgs) -> socket.socket:
     """Take the port before the model is loaded, so that a port in use is told at once."""
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named, asyncio turns Nagle's algorithm off on accepted connections.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((args.host, args.port))

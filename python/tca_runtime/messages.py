@@ -72,7 +72,8 @@ class FinishReason(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TopLogprobs(msgspec.Struct, array_like=True):
-    """The ``k`` best tokens of each position, best first; None where a position has none."""
+    """Of each position the ``top_k`` best tokens, best first, then the ids asked for in their
+    order; None where a position has none."""
 
     positions: list[list[TokenLogprob] | None]
 

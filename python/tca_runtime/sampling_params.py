@@ -10,7 +10,7 @@ import msgspec
 class Grammar(msgspec.Struct, frozen=True, array_like=True):
     """A constraint on the output text.
 
-    ``kind``: ``"json"`` means any JSON value (``value`` is ignored).
+    ``kind``: ``"json"`` means any JSON object (``value`` is ignored).
     """
 
     kind: Literal["regex", "json_schema", "ebnf", "json"]

@@ -67,7 +67,10 @@ class Script:
 
 
 class FakeScheduler:
-    """Runs in a thread until ``stop``. ``received`` and ``aborted`` are what it was told."""
+    """Runs in a thread until ``stop``. ``received`` and ``aborted`` are what it was told.
+
+    While ``silent`` is set it sends no heartbeats, while ``deaf`` is set it answers no controls.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, inbox_address: str, outbox_address: str
@@ -76,6 +79,7 @@ class FakeScheduler:
         self.aborted: list[str] = []
         self.controls: list[Control] = []
         self.silent = threading.Event()
+        self.deaf = threading.Event()
         self._tokenizer = tokenizer
         self._context = zmq.Context()
         self._inbox: Receiver[ToScheduler] = Receiver(self._context, inbox_address, ToScheduler)
@@ -123,7 +127,8 @@ class FakeScheduler:
                     script.finish = FinishReason("abort", message="aborted", status=499)
         elif isinstance(message, Control):
             self.controls.append(message)
-            self._outbox.send(self._reply(message))
+            if not self.deaf.is_set():
+                self._outbox.send(self._reply(message))
 
     def _reply(self, message: Control) -> ControlReply:
         if message.action == "flush_cache" and self._active:

@@ -109,6 +109,16 @@ def test_scheduler_death_ends_everything(own_server: Server) -> None:
     assert server.manager.failure == "RuntimeError: out of luck"
 
 
+def test_scheduler_death_ends_control_calls(own_server: Server) -> None:
+    own_server.scheduler.deaf.set()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        reply = pool.submit(own_server.post, "/flush_cache", None)
+        eventually(lambda: bool(own_server.scheduler.controls))
+        own_server.scheduler.die("KeyError: 3")
+        response = reply.result()
+    assert response.status_code == 503 and "KeyError: 3" in response.text
+
+
 def test_launcher_can_report_the_death(own_server: Server) -> None:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         reply = pool.submit(own_server.post, *BODIES[0])

@@ -21,6 +21,7 @@ class SlotPool:
     num_slots : capacity; slot 0 is never handed out (padding of captured graphs points to it)
     head_dim : elements of one key or value vector
     dtype, device : of the storage
+    pinned : for a pool in host memory that a GPU reads and writes itself
 
     Attributes
     ----------
@@ -30,10 +31,20 @@ class SlotPool:
     """
 
     def __init__(
-        self, num_slots: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        num_slots: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pinned: bool = False,
     ) -> None:
-        self.kv = torch.zeros(num_slots, 2, head_dim, dtype=dtype, device=device)
-        self.importance = torch.zeros(num_slots, dtype=torch.bfloat16, device=device)
+        size = (num_slots, 2, head_dim)
+        # Not cleared: a slot is written before it is read, and untouched pages cost nothing.
+        self.kv = torch.empty(size, dtype=dtype, device=device, pin_memory=pinned)
+        self.kv[0] = 0
+        self.importance = torch.zeros(
+            num_slots, dtype=torch.bfloat16, device=device, pin_memory=pinned
+        )
         self.capacity = num_slots - 1
         # Ascending on top of the stack, so that a fresh pool hands out contiguous runs.
         self._stack = torch.arange(num_slots - 1, 0, -1, dtype=torch.int32, device=device)

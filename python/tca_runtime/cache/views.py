@@ -72,7 +72,8 @@ class ViewTable:
         self.num_kv_heads = num_kv_heads
         self.rows = num_layers * num_kv_heads
         self.padding_index = max_requests
-        self.arena = torch.zeros(capacity + 1, dtype=torch.int32, device=device)
+        self.arena = torch.empty(capacity + 1, dtype=torch.int32, device=device)
+        self.arena[capacity] = 0
         self.start = torch.full((max_requests + 1, self.rows), capacity, device=device)
         self.length = torch.ones(max_requests + 1, self.rows, dtype=torch.int32, device=device)
         self._segments = SegmentAllocator(capacity)
@@ -145,6 +146,10 @@ class ViewTable:
     def advance(self, views: Sequence[View], indices: Tensor, count: int) -> None:
         """Show the next ``count`` prepared entries of each view (``indices``: their rows)."""
         self.length[indices] += count
+        self.note_advance(views, count)
+
+    def note_advance(self, views: Sequence[View], count: int) -> None:
+        """The host's half of ``advance``, for a captured graph that does the device's."""
         for view in views:
             view.grown += count
             view.prepared -= count

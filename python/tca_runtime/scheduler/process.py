@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -42,7 +43,10 @@ def run_scheduler(config: RuntimeConfig, addresses: Addresses) -> None:
     try:
         inbox: Receiver[ToScheduler] = Receiver(context, addresses.scheduler, ToScheduler)
         scheduler = _build(config, inbox, outbox)
-        scheduler.run_forever()
+        launcher = os.getppid()
+        # A launcher that was killed cannot end its children.
+        while os.getppid() == launcher:
+            scheduler.run_once()
     except Exception:
         text = traceback.format_exc()
         print(text, file=sys.stderr, flush=True)

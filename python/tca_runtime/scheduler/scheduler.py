@@ -80,10 +80,6 @@ class Scheduler:
         self._last_heartbeat = 0.0
         self._checked_idle = False
 
-    def run_forever(self) -> None:
-        while True:
-            self.run_once()
-
     def run_once(self) -> None:
         """One iteration: messages in, at most one step, replies out."""
         waits = self.planner.is_idle or not self._has_work()

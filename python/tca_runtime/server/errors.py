@@ -65,6 +65,8 @@ def raise_if_failed(state: RequestState) -> None:
 
 
 def install_error_handlers(app: FastAPI) -> None:
+    """Turn exceptions of routes into replies."""
+
     async def on_request_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
         return error_response(request.url.path, error.message, error.status, error.param)

@@ -65,14 +65,20 @@ class GenerateBody(msgspec.Struct, kw_only=True):
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
+    """``include_usage`` asks for a last chunk with token counts."""
+
     include_usage: bool | None = None
 
 
 class JsonSchemaFormat(msgspec.Struct, kw_only=True):
+    """OpenAI's wrapper of a JSON schema."""
+
     schema: JsonObject | bool | None = None
 
 
 class ResponseFormat(msgspec.Struct, kw_only=True):
+    """``type`` is text, json_object or json_schema."""
+
     type: str
     json_schema: JsonSchemaFormat | None = None
 

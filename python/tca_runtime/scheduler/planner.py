@@ -135,10 +135,14 @@ class StepPlanner:
     def _plan_chunk(self, request: Request, budget: int, chunks: list[PlannedChunk]) -> int:
         """Plan the next tokens of an admitted request; returns how many."""
         assert request.sequence is not None
+        begin = request.sequence.computed
         count = min(request.missing, budget, self._cache.available_tokens)
+        if request.chunk_quantum is not None:
+            quantum = min(request.chunk_quantum, self._args.chunked_prefill_size)
+            whole = min(request.missing, quantum - begin % quantum)
+            count = whole if whole <= count else 0
         if count <= 0:
             return 0
-        begin = request.sequence.computed
         slots = self._cache.extend(request.sequence, count)
         chunks.append(PlannedChunk(request, begin, begin + count, slots))
         return count

@@ -88,13 +88,26 @@ class Request:
     def reusable_tokens(self) -> int:
         """How much of a cached prefix this request may skip.
 
-        The token before each position whose logits are wanted has to be computed.
+        The token before each position whose logits are wanted has to be computed. So have the
+        last tokens of a prompt whose decode view will be selected: their queries choose it.
         """
-        if self.num_output:
-            return self.num_tokens - 1
-        if self.logprob_start < self.num_prompt:
+        if not self.num_output and self.logprob_start < self.num_prompt:
             return max(self.logprob_start - 1, 0)
-        return self.num_tokens - (1 if self.max_new_tokens else 0)
+        if not self.max_new_tokens:
+            return self.num_tokens
+        probes = 1
+        if self.sparsity is not None and self.sparsity.settings.num_candidates(self.num_tokens):
+            probes = self.sparsity.settings.probes
+        return max(self.num_tokens - probes, 0)
+
+    @property
+    def chunk_quantum(self) -> int | None:
+        """Prompt chunks end at multiples of this, or at the prompt's end; None for anywhere.
+
+        Where a chunk ends decides which queries select its view. That must not depend on what
+        else is in the batch.
+        """
+        return None if self.sparsity is None else self.sparsity.settings.granularity
 
     @property
     def needs_refresh(self) -> bool:

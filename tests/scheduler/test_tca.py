@@ -1,0 +1,271 @@
+"""TCA through scheduler and engine, with a tiny random model on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tca_runtime.config import (
+    CacheArgs,
+    ModelArgs,
+    RuntimeConfig,
+    SchedulerArgs,
+    SparsityArgs,
+)
+from tca_runtime.engine.engine import Engine
+from tca_runtime.messages import FinishReason, GenerateRequest, TokenBatch, TokenOutput
+from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.scheduler.scheduler import Scheduler
+from tests.scheduler.fakes import Mailbox, NoGrammars
+
+WINDOW = 64
+
+
+class Server:
+    """Scheduler and engine in one process, without sockets."""
+
+    def __init__(
+        self,
+        tokens: int = 6000,
+        host_gib: float = 0.0,
+        chunk: int = 256,
+        share: bool = True,
+        **sparsity: Any,
+    ) -> None:
+        settings = {
+            "tca_config": "uniform:0.3",
+            "tca_window": WINDOW,
+            "tca_min_candidates": 64,
+            "host_cache_size": host_gib,
+            **sparsity,
+        }
+        config = RuntimeConfig(
+            model=ModelArgs(load_format="dummy", model_config="tiny", device="cpu"),
+            cache=CacheArgs(max_total_tokens=tokens, disable_radix_cache=not share),
+            scheduler=SchedulerArgs(max_running_requests=4, chunked_prefill_size=chunk),
+            sparsity=SparsityArgs(**settings),
+        )
+        self.engine = Engine(config)
+        sharpen(self.engine)
+        self.mail = Mailbox()
+        box: Any = self.mail
+        grammars: Any = NoGrammars()
+        self.scheduler = Scheduler(config, self.engine, grammars, box, box, 32768)
+
+    def submit(self, rid: str, prompt: Sequence[int], max_new: int = 12, **params: Any) -> None:
+        self.mail.inbound.append(
+            GenerateRequest(
+                rid=rid,
+                input_ids=np.asarray(prompt, dtype="<i4").tobytes(),
+                sampling=SamplingParams(
+                    max_new_tokens=max_new, temperature=0.0, ignore_eos=True, custom_params=params
+                ),
+            )
+        )
+
+    def run(self, steps: int = 5000) -> None:
+        for _ in range(steps):
+            self.scheduler.run_once()
+            if self.scheduler.planner.is_idle and not self.mail.inbound:
+                self.engine.cache.check()
+                return
+        raise AssertionError("the scheduler did not finish")
+
+    def outputs(self, rid: str) -> list[TokenOutput]:
+        batches = [m for m in self.mail.outbound if isinstance(m, TokenBatch)]
+        return [o for batch in batches for o in batch.outputs if o.rid == rid]
+
+    def tokens(self, rid: str) -> list[int]:
+        return [t for output in self.outputs(rid) for t in output.token_ids]
+
+    def last(self, rid: str) -> TokenOutput:
+        return self.outputs(rid)[-1]
+
+    def ask(self, prompt: Sequence[int], max_new: int = 12, **params: Any) -> list[int]:
+        rid = f"r{len(self.mail.outbound)}"
+        self.submit(rid, prompt, max_new, **params)
+        self.run()
+        return self.tokens(rid)
+
+
+def sharpen(engine: Engine) -> None:
+    """Make a random model's attention selective and its output depend on it."""
+    model: Any = engine.model
+    for layer in model._layers:
+        layer.attention.qkv.weight.mul_(12)
+        layer.attention.output.weight.mul_(40)
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, length).tolist()
+
+
+def test_keeping_everything_is_full_attention() -> None:
+    text = prompt(1, 900)
+    full = Server(disable_tca=True).ask(text, 40)
+    assert Server(tca_config="uniform:1.0").ask(text, 40) == full
+    assert Server().ask(text, 40, kept_ratio=1.0) == full
+    assert Server().ask(text, 40, tca=False) == full
+    assert Server().ask(text, 40, kept_ratio=0.05) != full
+
+
+def test_dense_output_is_the_same_with_and_without_the_prefix_cache() -> None:
+    turns = [prompt(i, 300) for i in range(3)]
+    cached, plain = Server(disable_tca=True), Server(disable_tca=True, share=False)
+    history: list[int] = []
+    for turn in turns:
+        history += turn
+        answer = cached.ask(history)
+        assert plain.ask(history) == answer
+        history += answer
+    assert cached.engine.cache.tree.num_tokens > 0
+    assert plain.engine.cache.tree.num_tokens == 0
+
+
+def test_reply_says_what_was_kept() -> None:
+    server = Server()
+    server.submit("a", prompt(1, 1000))
+    server.submit("short", prompt(2, 50))
+    server.run()
+    tca = server.last("a").tca
+    assert tca is not None
+    candidates = (1000 - WINDOW) // 64 * 64
+    kept = server.engine.sparsity.decode.kept_tokens(candidates // 64).mean()  # type: ignore[union-attr]
+    assert tca["kept_ratio"] == pytest.approx((kept + 1000 - candidates) / 1000)
+    assert 0 < tca["dropped_mass"] < 1
+    assert (tca["probes"], tca["retention"]) == (32, "on-pressure")
+    assert server.last("short").tca is None
+
+
+def test_dropped_mass_limit_takes_the_smallest_budget_that_honours_it() -> None:
+    server = Server()
+    reports = []
+    for i, limit in enumerate((0.5, 0.2, 0.05, 0.0)):
+        server.submit(f"r{i}", prompt(1, 1000), max_dropped_mass=limit)
+        server.run()
+        report = server.last(f"r{i}").tca
+        assert report is not None and report["dropped_mass"] <= limit + 1e-6
+        reports.append(report["kept_ratio"])
+    assert reports == sorted(reports)
+    assert reports[0] < reports[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ({"kept_ratio": 1.5}, "kept_ratio"),
+        ({"kept_ratio": "much"}, "kept_ratio"),
+        ({"max_dropped_mass": -1}, "max_dropped_mass"),
+        ({"probes": 0}, "probes"),
+        ({"probes": True}, "probes"),
+    ],
+)
+def test_bad_custom_params_are_the_clients_mistake(params: dict[str, Any], name: str) -> None:
+    server = Server()
+    server.submit("a", prompt(1, 20), **params)
+    server.run()
+    finish = server.last("a").finish
+    assert isinstance(finish, FinishReason)
+    assert finish.status == 400 and name in finish.message
+
+
+def test_long_generation_stays_within_its_budget() -> None:
+    refresh = 128
+    server = Server(tokens=4000, tca_refresh=refresh)
+    server.submit("a", prompt(1, 400), 1500)
+    longest = 0
+    settings = server.engine.sparsity
+    assert settings is not None
+    for _ in range(3000):
+        server.scheduler.run_once()
+        if server.scheduler.planner.is_idle:
+            break
+        for request in server.scheduler.planner.running:
+            assert request.sequence is not None
+            view = request.sequence.view
+            length = int(view.lengths.max()) + view.grown
+            kept = settings.decode.kept_tokens(request.num_tokens // 64).max()
+            assert length <= kept + WINDOW + 64 + refresh + 1
+            longest = max(longest, length)
+    assert len(server.tokens("a")) == 1500
+    assert longest < 1000
+    server.engine.cache.check()
+
+
+def test_immediate_retention_frees_what_is_not_kept() -> None:
+    server = Server(tca_retention="immediate")
+    server.ask(prompt(1, 3000), 4)
+    usage = server.engine.cache.usage()
+    window_share = (WINDOW + 64 + 4) / 3003
+    assert usage.tree_slots / usage.full_equivalent_slots <= 0.31 + window_share
+    assert server.engine.cache.reclaimer.counts.pruned > 0
+
+
+def test_a_pruned_prefix_is_shared() -> None:
+    server = Server(tca_retention="immediate")
+    document = prompt(1, 2000)
+    server.ask(document + prompt(2, 40))
+    server.submit("b", document + prompt(3, 40))
+    server.run()
+    assert server.last("b").cached_tokens == 2000
+    report = server.last("b").tca
+    assert report is None or report["kept_ratio"] > 0
+
+
+def test_demoted_prefix_answers_as_a_full_one() -> None:
+    documents = [prompt(i, 1500) for i in range(4)]
+    questions = [prompt(10 + i, 30) for i in range(4)]
+    roomy = Server(tokens=20000)
+    tight = Server(tokens=2000, host_gib=0.05)
+    for server in (roomy, tight):
+        for document in documents:
+            server.ask(document, 2)
+    for document, question in zip(documents, questions, strict=True):
+        assert tight.ask(document + question) == roomy.ask(document + question)
+    counts = tight.engine.cache.reclaimer.counts
+    assert counts.demoted > 0 and counts.promoted > 0
+    assert counts.pruned == counts.evicted == 0
+    assert roomy.engine.cache.reclaimer.counts.demoted == 0
+
+
+def test_without_host_tier_pressure_prunes_before_it_evicts() -> None:
+    server = Server(tokens=4000)
+    for i in range(4):
+        server.ask(prompt(i, 1500), 2)
+    counts = server.engine.cache.reclaimer.counts
+    assert counts.pruned > 0
+    server.submit("again", prompt(2, 1500) + prompt(9, 40))
+    server.run()
+    assert server.last("again").cached_tokens == 1500
+
+
+def test_full_attention_never_reads_a_pruned_prefix() -> None:
+    document, question = prompt(1, 1500), prompt(2, 20)
+    expected = Server(disable_tca=True).ask(document + question)
+    server = Server(tca_retention="immediate")
+    server.ask(document + question)
+    assert server.ask(document + question, tca=False) == expected
+
+
+def test_retracted_requests_resume_right() -> None:
+    alone = [Server().ask(prompt(i, 500), 200) for i in range(3)]
+    crowded = Server(tokens=1700)
+    for i in range(3):
+        crowded.submit(f"r{i}", prompt(i, 500), 200)
+    crowded.run()
+    assert crowded.scheduler.planner.num_retractions > 0
+    for i in range(3):
+        got = crowded.tokens(f"r{i}")
+        assert len(got) == 200
+        # A resumed request selects anew, with later queries: the same start, then its own way.
+        assert got[:60] == alone[i][:60]
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "keydiff", "expected-attention", "streaming"])
+def test_other_policies_serve_too(policy: str) -> None:
+    server = Server(tca_policy=policy)
+    assert len(server.ask(prompt(1, 700))) == 12
+    assert server.engine.cache.usage().running_slots == 0

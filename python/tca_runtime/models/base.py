@@ -30,6 +30,10 @@ class CausalLM(Protocol):
         """Project ``[N, hidden]`` to float32 ``[N, vocab]``."""
         ...
 
+    def output_projection(self, layer: int) -> Tensor:
+        """Takes a layer's attention to the residual stream: ``[Hq * D, hidden]``."""
+        ...
+
     def fingerprint(self) -> str:
         """Names the weights, whatever dtype and device they are loaded to."""
         ...

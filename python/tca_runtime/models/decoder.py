@@ -57,6 +57,10 @@ class Decoder:
         """float32 ``[N, vocab]`` of ``[N, hidden]``."""
         return self._head(hidden).to(torch.float32)
 
+    def output_projection(self, layer: int) -> Tensor:
+        """Takes a layer's attention to the residual stream: ``[Hq * D, hidden]``."""
+        return self._layers[layer].attention.output.weight
+
     def fingerprint(self) -> str:
         """Names the weights, whatever dtype and device they are loaded to."""
         sample = torch.cat([self._embedding.table[:64].flatten(), self._norm.weight])

@@ -44,6 +44,8 @@ def _build(file: GgufFile, rope_divisors: tuple[float, ...]) -> ModelConfig:
     head_dim = int(meta.get("attention.key_length", hidden_size // num_q_heads))
     if int(meta.get("rope.dimension_count", head_dim)) != head_dim:
         raise ModelError(f"{where}: rotary encoding of a part of each head is not supported")
+    if meta.get("expert_count"):
+        raise ModelError(f"{where}: mixtures of experts are not supported")
     if "token_embd.weight" not in file.tensors:
         raise ModelError(f"{where}: tensor 'token_embd.weight' is missing")
     return ModelConfig(

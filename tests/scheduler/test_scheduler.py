@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tca_runtime.engine.grammar import GrammarError
 from tca_runtime.messages import AbortRequest, Control, ControlReply, LogprobOptions
 from tests.scheduler.fakes import EOS, ROWS, Harness, expected_output
 
@@ -177,3 +182,36 @@ def test_long_prompt_does_not_stop_running_streams() -> None:
     assert len(harness.tokens("stream")) == expected
     harness.run()
     assert harness.tokens("long") == expected_output([3] * 80, 1)
+
+
+def test_a_request_waits_for_its_grammar() -> None:
+    """Also when compiling ends after this step's look at it."""
+    harness = Harness()
+    future: Future[Any] = Future()
+    harness.submit("a", [1, 2, 3])
+    harness.scheduler.run_once()
+    harness.submit("b", [4, 5, 6])
+    harness.scheduler._handle(harness.mail.inbound.pop())
+    (request,) = harness.scheduler.planner.waiting
+    request.grammar = future
+    harness.scheduler._end_finished()
+    future.set_result(SimpleNamespace(matcher=lambda: matcher))
+    matcher = SimpleNamespace(accept=lambda token: None, is_terminated=False)
+    assert all(c.request is not request for c in harness.scheduler.planner.plan().chunks)
+    harness.scheduler._end_finished()
+    assert request.sampling.matcher is matcher
+    harness.run()
+    assert harness.tokens("b") == expected_output([4, 5, 6], 5)
+
+
+def test_a_broken_grammar_is_its_clients_mistake() -> None:
+    harness = Harness()
+    future: Future[Any] = Future()
+    future.set_exception(GrammarError("no such thing"))
+    harness.submit("a", [1, 2, 3])
+    harness.scheduler._handle(harness.mail.inbound.pop())
+    (request,) = harness.scheduler.planner.waiting
+    request.grammar = future
+    harness.run()
+    finish = harness.finish("a")
+    assert (finish.type, finish.status, finish.message) == ("abort", 400, "no such thing")

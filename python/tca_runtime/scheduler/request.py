@@ -31,6 +31,7 @@ class Request:
     finish : set once the request must end; one place in the scheduler acts on it
     sequence : hold on the cache, None while waiting
     skipped : admissions that passed this request by
+    grammar : set while the request's grammar compiles; it is not admitted before
     selected_at : tokens at the last selection of the decode view, None before the first
     tca : what selection did, for the client
     """

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
 IDLE_POLL_MS = 200
+# While all that is left waits for its grammar.
+GRAMMAR_POLL_MS = 5
 
 
 class Scheduler:
@@ -82,8 +84,7 @@ class Scheduler:
 
     def run_once(self) -> None:
         """One iteration: messages in, at most one step, replies out."""
-        waits = self.planner.is_idle or not self._has_work()
-        for message in self._inbox.drain(IDLE_POLL_MS if waits else 0):
+        for message in self._inbox.drain(self._patience()):
             self._handle(message)
         self._end_finished()
         plan = self.planner.plan()
@@ -99,9 +100,13 @@ class Scheduler:
         """Load and cache figures, for heartbeats and ``/server_info``."""
         return self._control.state()
 
-    def _has_work(self) -> bool:
-        waiting = any(r.grammar is None or r.grammar.done() for r in self.planner.waiting)
-        return waiting or bool(self.planner.running or self.planner.prefilling)
+    def _patience(self) -> int:
+        """Milliseconds to wait for a message: none while there is something to compute."""
+        if self.planner.is_idle:
+            return IDLE_POLL_MS
+        waiting = any(r.grammar is None for r in self.planner.waiting)
+        computing = waiting or self.planner.running or self.planner.prefilling
+        return 0 if computing else GRAMMAR_POLL_MS
 
     def _handle(self, message: ToScheduler) -> None:
         if isinstance(message, GenerateRequest):

@@ -44,7 +44,7 @@ class WaitingQueue:
 
     def ranked(self, cache: CacheManager) -> list[Request]:
         """The candidates for admission, best first."""
-        ready = [r for r in self._requests if r.grammar is None or r.grammar.done()]
+        ready = [r for r in self._requests if r.grammar is None]
         candidates = ready[:RANKED]
         if self._policy == "fcfs":
             return sorted(candidates, key=lambda r: (-r.message.priority, r.arrival))

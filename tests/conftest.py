@@ -7,7 +7,7 @@ import os
 # As the server does: threads that wait must not take the processor from those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402 - libgomp reads the environment when it is loaded
+import torch
 
 # Triton reads this when it is first imported, which transformers does too.
 if not torch.cuda.is_available():

@@ -53,9 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = tempfile.mkdtemp(prefix="tca-")
     addresses = Addresses(f"ipc://{directory}/scheduler", f"ipc://{directory}/tokenizer")
     try:
-        with bind(config.server) as listener:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(serve(config, addresses, listener))
+        with (
+            bind(config.server) as listener,
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        ):
+            return runner.run(serve(config, addresses, listener))
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

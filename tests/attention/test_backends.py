@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -114,3 +116,17 @@ def test_threads_of_torch_do_not_change_the_result() -> None:
         check("cpu", case)
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_kernels_leave_torchs_thread_count_alone() -> None:
+    """Numba's pool starts once per process, so only a fresh process shows what it changes."""
+    code = (
+        "import torch; torch.set_num_threads(1);"
+        "from tca_runtime.attention import create_backend;"
+        "from tests.attention.steps import Request, even, make_case, make_shape, run;"
+        "case = make_case(make_shape(3, 64), [even(900)], [Request(even(5), 9)]);"
+        "run(create_backend('cpu', case.shape, case.kv), case);"
+        "print(torch.get_num_threads())"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert output.stdout.strip() == "1", output.stderr

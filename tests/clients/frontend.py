@@ -23,6 +23,7 @@ def load_frontend() -> Any:
     if "sglang" not in sys.modules:
         package = types.ModuleType("sglang")
         package.__path__ = list(spec.submodule_search_locations)
+        package.__spec__ = spec
         sys.modules["sglang"] = package
     names: dict[str, Any] = {}
     for module in ("api", "choices", "backend.runtime_endpoint", "ir"):

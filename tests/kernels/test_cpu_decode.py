@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from tca_kernels.cpu.decode import MIN_RANGE, decode_kernel
+from tca_kernels.cpu.huge_pages import HUGE_PAGE, advise_huge_pages
 from tca_kernels.cpu.jit import use_threads
 from tca_kernels.cpu.write import write_kernel
 
@@ -116,3 +120,29 @@ def test_write_touches_only_the_named_slots() -> None:
     np.testing.assert_array_equal(kv[slots, 1], values)
     others = np.setdiff1d(np.arange(50), slots)
     np.testing.assert_array_equal(kv[others], before[others])
+
+
+def test_advice_for_huge_pages_reaches_the_mapping() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system has no transparent huge pages")
+    tensor = torch.arange(4 * HUGE_PAGE, dtype=torch.uint8)
+    before = tensor.clone()
+    assert advise_huge_pages(tensor)
+    assert torch.equal(tensor, before)
+    assert "hg" in _mapping_flags(tensor.data_ptr() + 2 * HUGE_PAGE)
+
+
+def test_tensors_without_a_whole_huge_page_are_left_alone() -> None:
+    assert not advise_huge_pages(torch.zeros(1000))
+
+
+def _mapping_flags(address: int) -> list[str]:
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split(maxsplit=1)[0]
+        if "-" in head and ":" not in head:
+            begin, end = (int(bound, 16) for bound in head.split("-"))
+            inside = begin <= address < end
+        elif inside and head == "VmFlags:":
+            return line.split()[1:]
+    raise AssertionError("address is not mapped")

@@ -288,8 +288,9 @@ def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
             "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, word, word, word])
         )
         address = builder.bitcast(builder.gep(data, [args[1]]), byte)
-        read, keep, data_cache = (ir.Constant(word, value) for value in (0, 3, 1))
-        builder.call(function, [address, read, keep, data_cache])
+        # Level 2: the first level's few fill buffers would hold only two rows under way.
+        read, level_2, data_cache = (ir.Constant(word, value) for value in (0, 2, 1))
+        builder.call(function, [address, read, level_2, data_cache])
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate

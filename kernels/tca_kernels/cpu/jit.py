@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar, cast
 
 import numba
+import torch
 
 F = TypeVar("F", bound=Callable[..., object])
 
-# Torch's own OpenMP workers spin for a while after each operator. Numba's OpenMP pool wakes up
-# beside them at a small cost; its workqueue pool costs several times more per launch.
+# Torch's OpenMP workers spin for a while after each operator. Numba's OpenMP layer costs little
+# beside them, and shares them where both find one runtime; its workqueue pool costs several times
+# more per launch.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 
@@ -19,6 +22,8 @@ def jit(*, signature: str | None = None, parallel: bool = False) -> Callable[[F]
 
     With a ``signature`` compilation happens at decoration, so that no later call has to wait.
     """
+    if parallel:
+        _start_pool()
     decorator = numba.njit(
         signature, parallel=parallel, fastmath=True, error_model="numpy", cache=True
     )
@@ -33,7 +38,16 @@ def helper(function: F) -> F:
 
 def use_threads(count: int) -> int:
     """Let the calling thread's kernels run on ``count`` threads; return how many numba grants."""
+    _start_pool()
     limit: int = numba.config.NUMBA_NUM_THREADS
     granted = max(1, min(count, limit))
     numba.set_num_threads(granted)
     return granted
+
+
+@functools.cache
+def _start_pool() -> None:
+    """Start numba's threads, which sets OpenMP's thread count to all cores: torch's as well."""
+    before = torch.get_num_threads()
+    numba.set_num_threads(numba.get_num_threads())
+    torch.set_num_threads(before)

@@ -121,6 +121,8 @@ class PrefillChunk:
     position : absolute position of its first token
     index : the request's place in ``StepLists.prefill``
     uniform_length : list length shared by all rows, chunk included; None when rows are ragged
+    lengths : int64 ``[L, Hkv]`` on the host, the same for ragged rows too; None when only the
+        device knows
     """
 
     token_start: int
@@ -128,6 +130,41 @@ class PrefillChunk:
     position: int
     index: int
     uniform_length: int | None
+    lengths: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PieceLists:
+    """What the pieces of a step's chunks attend to in one layer, their own tokens included.
+
+    Attributes
+    ----------
+    slots : int32 ``[sum(lengths)]``, piece after piece, head after head; a piece's own tokens
+        end each list
+    lengths : int64 ``[pieces, Hkv]``, on the host
+    """
+
+    slots: Tensor
+    lengths: NDArray[np.int64]
+
+
+class BatchViewChooser(Protocol):
+    """A ``ViewChooser`` for all chunks of a step at once, which no layer makes wait.
+
+    A *piece* is a run of a chunk's tokens that share one selection.
+
+    Attributes
+    ----------
+    chunks : numbers of the chunks that it chooses for; the others attend to their whole past
+    pieces : places on the step's token axis, ``(token_start, num_tokens)`` each
+    """
+
+    chunks: frozenset[int]
+    pieces: Sequence[tuple[int, int]]
+
+    def __call__(self, layer: int, q: Tensor) -> PieceLists:
+        """Choose for every piece; ``q`` is the layer's ``[T, Hq, D]``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -142,6 +179,7 @@ class AttentionStep:
     prefill : lists of the chunks' requests, or None
     new_slots : int32 ``[L, T, Hkv]``, where each token's K and V go
     choose_view : None when chunks attend to their whole past
+    choose_views : takes the place of ``choose_view`` on devices that batch selections
     """
 
     num_decode: int
@@ -150,10 +188,18 @@ class AttentionStep:
     prefill: SlotLists | None
     new_slots: Tensor
     choose_view: ViewChooser | None = None
+    choose_views: BatchViewChooser | None = None
 
 
 class AttentionBackend(ABC):
-    """Attention over slot lists. One instance serves all layers of one model."""
+    """Attention over slot lists. One instance serves all layers of one model.
+
+    Attributes
+    ----------
+    batches_selections : whether it takes ``AttentionStep.choose_views``
+    """
+
+    batches_selections = False
 
     def __init__(self, shape: AttentionShape, kv: Tensor) -> None:
         """``kv``: the slot pool's storage, ``[num_slots, 2, D]``."""

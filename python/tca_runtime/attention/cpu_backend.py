@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tca_kernels.cpu.decode import decode_kernel
+from tca_kernels.cpu.huge_pages import advise_huge_pages
 from tca_kernels.cpu.jit import use_threads
 from tca_kernels.cpu.write import write_kernel
 from tca_runtime.attention.base import (
@@ -41,6 +42,7 @@ class CpuBackend(AttentionBackend):
 
     def __init__(self, shape: AttentionShape, kv: Tensor) -> None:
         super().__init__(shape, kv)
+        advise_huge_pages(kv)
         self.compiled = kv.dtype == torch.float32
         if self.compiled:
             begin = time.perf_counter()

@@ -26,6 +26,18 @@ def _cpu() -> Candidate:
     return CpuBackend
 
 
+def _flashinfer() -> Candidate:
+    from tca_runtime.attention.flashinfer_backend import FlashInferBackend
+
+    return FlashInferBackend
+
+
+def _triton() -> Candidate:
+    from tca_runtime.attention.triton_backend import TritonBackend
+
+    return TritonBackend
+
+
 def _torch() -> Candidate:
     from tca_runtime.attention.torch_backend import TorchBackend
 
@@ -34,7 +46,12 @@ def _torch() -> Candidate:
 
 # Fastest first; the reference accepts everything, so it comes last. Loaded when their turn comes,
 # because their dependencies are heavy or optional.
-_CANDIDATES: dict[str, Callable[[], Candidate]] = {"cpu": _cpu, "torch": _torch}
+_CANDIDATES: dict[str, Callable[[], Candidate]] = {
+    "flashinfer": _flashinfer,
+    "triton": _triton,
+    "cpu": _cpu,
+    "torch": _torch,
+}
 
 
 def create_backend(name: str, shape: AttentionShape, kv: Tensor) -> AttentionBackend:

@@ -77,13 +77,16 @@ class HeadSlots:
         """Union of disjoint lists over the same tokens, on the device of ``left``."""
         device = left.slots.device
         positions = torch.cat([left.positions, right.positions.to(device)])
-        rows = np.concatenate(
-            [np.repeat(np.arange(len(p.lengths)), p.lengths) for p in (left, right)]
-        )
-        # One integer orders by row, then position.
-        key = (torch.from_numpy(rows).to(device) << 32) + positions
-        order = key.argsort()
+        rows = torch.cat([_row_of(p.lengths, device) for p in (left, right)])
         slots = torch.cat([left.slots, right.slots.to(device)])
+        if len(slots) == left.num_tokens * len(left.lengths):
+            # Nothing is missing, so every entry's place is known without sorting.
+            dense = torch.empty_like(slots)
+            dense[rows * left.num_tokens + (positions - left.begin)] = slots
+            return HeadSlots.full(left.begin, dense.view(len(left.lengths), -1))
+        # One integer orders by row, then position.
+        key = (rows << 32) + positions
+        order = key.argsort()
         return HeadSlots(
             left.begin, left.end, left.lengths + right.lengths, positions[order], slots[order]
         )
@@ -143,8 +146,9 @@ class HeadSlots:
 
         Reads the counts from the device.
         """
-        row_of = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        counts = np.bincount(row_of[chosen.cpu().numpy()], minlength=len(self.lengths))
+        ends = torch.from_numpy(self.lengths.cumsum()).to(chosen.device)
+        before = torch.nn.functional.pad(chosen.cumsum(0), (1, 0))
+        counts = before[ends].diff(prepend=before[:1]).cpu().numpy()
         rest = ~chosen
         return (
             HeadSlots(self.begin, self.end, counts, self.positions[chosen], self.slots[chosen]),
@@ -160,3 +164,10 @@ class HeadSlots:
     def with_slots(self, slots: Tensor) -> HeadSlots:
         """The same tokens in other slots, listed in the same order."""
         return replace(self, slots=slots, positions=self.positions.to(slots.device))
+
+
+def _row_of(lengths: NDArray[np.int64], device: torch.device) -> Tensor:
+    """The row of every entry: int64 ``[sum(lengths)]``."""
+    sizes = torch.from_numpy(lengths).to(device)
+    rows = torch.arange(len(lengths), device=device)
+    return torch.repeat_interleave(rows, sizes, output_size=int(lengths.sum()))

@@ -144,6 +144,12 @@ class CacheManager:
         for sequence in sequences:
             sequence.computed += 1
 
+    def note_step(self, sequences: Many[Sequence]) -> None:
+        """The host's half of ``step``, for a captured graph that does the device's."""
+        self.views.note_advance([s.view for s in sequences], 1)
+        for sequence in sequences:
+            sequence.computed += 1
+
     def commit(self, namespace: Namespace, sequence: Sequence, tokens: Tokens) -> None:
         """Put the computed tokens into the tree while the request runs on.
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tca_kernels.move import move_rows
 from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.radix_tree import RadixNode, RadixTree
 from tca_runtime.cache.slot_pool import SlotPool
@@ -176,7 +177,6 @@ class Reclaimer:
 
 
 def _copy(source: SlotPool, source_slots: Tensor, target: SlotPool, target_slots: Tensor) -> None:
-    """Copy K, V and importance of slots between pools, which may be on different devices."""
-    device = target.kv.device
-    target.kv[target_slots] = source.kv[source_slots].to(device)
-    target.importance[target_slots] = source.importance[source_slots].to(device)
+    """Copy K, V and importance of slots between pools, one of which may be in host memory."""
+    move_rows(source.kv, source_slots, target.kv, target_slots)
+    target.importance[target_slots] = source.importance[source_slots]

@@ -21,7 +21,7 @@ class SlotPool:
     num_slots : capacity; slot 0 is never handed out (padding of captured graphs points to it)
     head_dim : elements of one key or value vector
     dtype, device : of the storage
-    pinned : for a pool in host memory that a GPU reads and writes itself
+    in_host_memory : K and V in pinned memory that the device reads and writes itself
 
     Attributes
     ----------
@@ -36,15 +36,17 @@ class SlotPool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        pinned: bool = False,
+        in_host_memory: bool = False,
     ) -> None:
         size = (num_slots, 2, head_dim)
         # Not cleared: a slot is written before it is read, and untouched pages cost nothing.
-        self.kv = torch.empty(size, dtype=dtype, device=device, pin_memory=pinned)
-        self.kv[0] = 0
-        self.importance = torch.zeros(
-            num_slots, dtype=torch.bfloat16, device=device, pin_memory=pinned
+        self.kv = (
+            torch.empty(size, dtype=dtype, pin_memory=True)
+            if in_host_memory
+            else torch.empty(size, dtype=dtype, device=device)
         )
+        self.kv[0] = 0
+        self.importance = torch.zeros(num_slots, dtype=torch.bfloat16, device=device)
         self.capacity = num_slots - 1
         # Ascending on top of the stack, so that a fresh pool hands out contiguous runs.
         self._stack = torch.arange(num_slots - 1, 0, -1, dtype=torch.int32, device=device)

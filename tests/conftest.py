@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# As the server does: threads that wait must not take the processor from those that work.
+# Threads that wait must not take the processor from those that work: other tests may run beside.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch

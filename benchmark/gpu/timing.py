@@ -82,3 +82,12 @@ def matmul_flops(device: torch.device) -> float:
     a = torch.randn(n, n, device=device).to(torch.bfloat16)
     b = torch.randn(n, n, device=device).to(torch.bfloat16)
     return 2 * n**3 / (stream_ms(lambda: a @ b, device) * 1e-3)
+
+
+def pinned_bandwidth(device: torch.device) -> float:
+    """GB per second from pinned host memory to the device."""
+    size = 1 << 30 if device.type == "cuda" else 1 << 20
+    source = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    ms = stream_ms(lambda: target.copy_(source, non_blocking=True), device, 5)
+    return size / (ms * 1e-3) / 1e9

@@ -36,7 +36,7 @@ _CONFIGS = {
     32: DecodeConfig(128, 4, 3, 3),
     64: DecodeConfig(128, 4, 3, 3),
     128: DecodeConfig(128, 4, 3, 3),
-    256: DecodeConfig(64, 4, 3, 3),
+    256: DecodeConfig(64, 2, 3, 3),
     512: DecodeConfig(32, 4, 3, 3),
     1024: DecodeConfig(16, 4, 3, 3),
 }

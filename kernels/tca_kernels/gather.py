@@ -73,6 +73,26 @@ def view_slots(
     return ViewSlots(slots, indptr)
 
 
+def whole_lists(arena: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
+    """Copy lists out of the arena, one row after another.
+
+    Parameters
+    ----------
+    arena : int32 ``[A]``
+    start : int64 ``[...]`` with ``R`` elements, on the device
+    lengths : ``[...]`` with ``R`` elements, integer, **on the host**
+
+    Returns
+    -------
+    int32 ``[sum(lengths)]``
+    """
+    nothing = torch.zeros(lengths.numel(), dtype=torch.int64)
+    indptr = torch.zeros(lengths.numel() + 1, dtype=torch.int64)
+    empty = torch.empty(0, device=arena.device)
+    keeps_none = Selection(empty.to(torch.int32), indptr, empty)
+    return view_slots(arena, start, nothing, lengths, keeps_none).slots
+
+
 def gather_views(
     kv: Tensor, slots: Tensor, keys: Tensor | None = None, values: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

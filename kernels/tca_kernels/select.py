@@ -154,13 +154,15 @@ def _select_triton(
         LEVELS=len(levels),
         DESCENDING=descending,
         TILE=_RANK_TILE,
+        num_warps=2,
     )
     keep_end = keep.cumsum(0, dtype=torch.int32)
     indices = torch.empty(kept, dtype=torch.int32, device=device)
     dropped = torch.empty(num_blocks, dtype=torch.float32, device=device)
     tile = max(1, 4096 // (block * block))
+    # One warp: ranks then need no exchange through shared memory (70 us against 240 on an H200).
     block_topk_kernel[(num_rows, cdiv(longest, tile))](
-        scores, keep, keep_end, row_ptr, indices, dropped, BLOCK=block, TILE=tile
+        scores, keep, keep_end, row_ptr, indices, dropped, BLOCK=block, TILE=tile, num_warps=1
     )
     row_dropped = torch.empty(num_rows, dtype=torch.float32, device=device)
     row_sum_kernel[(num_rows,)](dropped, row_ptr, row_dropped, TILE=_SUM_TILE)

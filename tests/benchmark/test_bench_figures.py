@@ -127,11 +127,12 @@ def test_speeds_of_both_sides() -> None:
     assert cpu.their_speed(prefill, answers[:1]) == pytest.approx(100 / 4.0)
 
 
-def test_ratio_is_of_medians() -> None:
+def test_ratio_is_of_medians_against_the_faster_baseline() -> None:
     case = cpu.Case("x", "decode", 1.5, requests=1, prompt_tokens=1, new_tokens=2)
-    speeds = [(10.0, 5.0), (30.0, 6.0), (20.0, 40.0)]
-    samples = [cpu.Sample(a, b, same_tokens=1.0, server_cpu_while_idle=0.0) for a, b in speeds]
-    ratio = cpu.case_figures(case, samples)[-1]
+    speeds = [(10.0, 5.0, 4.0), (30.0, 6.0, 50.0), (20.0, 40.0, 5.5)]
+    samples = [cpu.Sample(a, {"b": b, "c": c}, 1.0, 0.0) for a, b, c in speeds]
+    *_, b, c, ratio = cpu.case_figures(case, samples)
+    assert (b.value, c.value) == (6.0, 5.5)
     assert ratio.value == pytest.approx(20 / 6)
     assert ratio.passed
     assert "0.50..5.00" in ratio.detail

@@ -11,14 +11,14 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_answers_are_not_mixed_with_what_libraries_print() -> None:
-    with running_worker("tests.benchmark.echo_worker", [], threads=1, timeout_s=60) as worker:
+    with running_worker("tests.benchmark.echo_worker", [], timeout_s=60) as worker:
         assert worker.ask(number=1) == {"echo": {"number": 1}}
         assert worker.ask(text="zwei\n") == {"echo": {"text": "zwei\n"}}
 
 
 def test_a_dead_worker_says_why() -> None:
     with (
-        running_worker("tests.benchmark.echo_worker", [], threads=None, timeout_s=60) as worker,
+        running_worker("tests.benchmark.echo_worker", [], timeout_s=60) as worker,
         pytest.raises(WorkerError, match="died on purpose"),
     ):
         worker.ask(die=True)

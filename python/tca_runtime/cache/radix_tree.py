@@ -269,6 +269,8 @@ class RadixTree:
         node.tokens, node.slots, node.parent = node.tokens[offset:], tail, upper
         upper.children[int(node.tokens[0])] = node
         self._offer(upper)
+        # A pruned node's tail may be complete where the whole was not.
+        self._offer(node)
         return upper
 
     def _is_idle(self, node: RadixNode) -> bool:

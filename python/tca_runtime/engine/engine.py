@@ -15,11 +15,13 @@ from tca_runtime.cache.manager import CacheManager
 from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.cache.views import ViewTable
 from tca_runtime.config import RuntimeConfig
+from tca_runtime.engine.graphs import DecodeGraphs
 from tca_runtime.engine.memory import host_pool, pool_tokens
 from tca_runtime.engine.output import collect_output
 from tca_runtime.engine.sampler import Sampler
 from tca_runtime.engine.step import ChunkInput, StepInput, StepOutput
 from tca_runtime.models.loader import load_model
+from tca_runtime.sparsity.batched import BatchedSelection
 from tca_runtime.sparsity.chooser import ChunkSelection, StepSelection
 from tca_runtime.sparsity.core import BudgetedCore
 from tca_runtime.sparsity.load import load_settings
@@ -83,21 +85,50 @@ class Engine:
         )
         self.backend = create_backend(config.attention.attention_backend, self.shape, pool.kv)
         self.sampler = Sampler(loaded.config.vocab_size, self.device)
+        self._graphs: DecodeGraphs | None = None
+        self._max_batch = config.scheduler.max_running_requests
         logger.info("KV pool: %d tokens, %d slots", tokens, pool.capacity)
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> StepOutput:
         """Compute one step: write K and V, sample the next tokens."""
+        limit = self._graphs.max_batch if self._graphs is not None else 0
+        if not step.chunks and 0 < len(step.decode) <= limit:
+            hidden = self._replay(step)
+            return collect_output(self.model, self.sampler, step, hidden, [])
         work = [self._selection(chunk) for chunk in step.chunks]
-        selection = None
-        if any(work):
-            selection = StepSelection(self.shape, self.cache.pool, work)
+        selection = self._chooser(step, work) if any(work) else None
         hidden = self._forward(step, selection)
         views = [selection.decode_view(i) if selection else None for i in range(len(work))]
         return collect_output(self.model, self.sampler, step, hidden, views)
 
     def warm_up(self) -> None:
-        """Compile what is compiled at first use, so that no request waits for it."""
+        """Compile and capture what would be at first use, so that no request waits for it."""
+        if self.backend.batches_selections and self.device.type == "cuda":
+            with torch.inference_mode():
+                graphs = DecodeGraphs(self.model, self.backend, self.cache.views, self._max_batch)
+                graphs.capture()
+            self._graphs = graphs
+
+    def _replay(self, step: StepInput) -> Tensor:
+        assert self._graphs is not None
+        sequences = [d.sequence for d in step.decode]
+        hidden = self._graphs.run(
+            [d.token for d in step.decode],
+            [s.computed for s in sequences],
+            [s.view.index for s in sequences],
+        )
+        self.cache.note_step(sequences)
+        return hidden
+
+    def _chooser(
+        self, step: StepInput, work: Many[ChunkSelection | None]
+    ) -> StepSelection | BatchedSelection:
+        if not self.backend.batches_selections or not BatchedSelection.covers(work):
+            return StepSelection(self.shape, self.cache.pool, work)
+        sizes = [len(step.decode), *(len(chunk.tokens) for chunk in step.chunks)]
+        starts = np.cumsum(sizes).tolist()
+        return BatchedSelection(self.shape, self.cache.pool, work, starts)
 
     def _selection(self, chunk: ChunkInput) -> ChunkSelection | None:
         if chunk.sparsity is None:
@@ -105,7 +136,9 @@ class Engine:
         parts = self.cache.parts(chunk.sequence)
         return ChunkSelection.plan(chunk.sparsity, parts, len(chunk.tokens), chunk.ends_prompt)
 
-    def _forward(self, step: StepInput, selection: StepSelection | None) -> Tensor:
+    def _forward(
+        self, step: StepInput, selection: StepSelection | BatchedSelection | None
+    ) -> Tensor:
         num_decode = len(step.decode)
         ids = [np.array([d.token for d in step.decode], dtype=np.int64)]
         positions = [np.array([d.sequence.computed for d in step.decode], dtype=np.int64)]
@@ -116,8 +149,11 @@ class Engine:
             begin = chunk.sequence.computed - size
             ids.append(chunk.tokens.astype(np.int64))
             positions.append(np.arange(begin, begin + size))
-            uniform = chunk.sequence.view.uniform_length
-            chunks.append(PrefillChunk(token_start, size, begin, index, uniform))
+            view = chunk.sequence.view
+            lengths = (view.lengths + view.grown).reshape(self.shape.num_layers, -1)
+            chunks.append(
+                PrefillChunk(token_start, size, begin, index, view.uniform_length, lengths)
+            )
             token_start += size
         attention = self.backend.begin(self._attention_step(step, chunks, selection))
         return self.model.forward(
@@ -127,7 +163,10 @@ class Engine:
         )
 
     def _attention_step(
-        self, step: StepInput, chunks: Many[PrefillChunk], selection: StepSelection | None
+        self,
+        step: StepInput,
+        chunks: Many[PrefillChunk],
+        selection: StepSelection | BatchedSelection | None,
     ) -> AttentionStep:
         views = self.cache.views
         decode = prefill = None
@@ -148,7 +187,8 @@ class Engine:
             chunks=chunks,
             prefill=prefill,
             new_slots=torch.cat(new_slots, dim=1),
-            choose_view=selection,
+            choose_view=selection if isinstance(selection, StepSelection) else None,
+            choose_views=selection if isinstance(selection, BatchedSelection) else None,
         )
 
     def _indices(self, indices: list[int]) -> Tensor:

@@ -68,7 +68,8 @@ def host_pool(args: SparsityArgs, shape: AttentionShape) -> SlotPool | None:
     if num_slots <= shape.rows:
         return None
     try:
-        return SlotPool(num_slots, shape.head_dim, shape.dtype, torch.device("cpu"))
+        in_host_memory = shape.device.type == "cuda"
+        return SlotPool(num_slots, shape.head_dim, shape.dtype, shape.device, in_host_memory)
     except RuntimeError as error:
         logger.warning("no host tier (cold prefixes are pruned instead): %s", error)
         return None

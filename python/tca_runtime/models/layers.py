@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tca_kernels.fused import rotate, silu_mul
 from tca_runtime.attention.base import LayerAttention
-from tca_runtime.models.rope import rotate
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +112,7 @@ class GatedMLP:
     down: Linear
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        self.down.add_to(residual, F.silu(gate).mul_(up))
+        self.down.add_to(residual, silu_mul(self.gate_up(x)))
 
 
 @dataclass(frozen=True, slots=True)

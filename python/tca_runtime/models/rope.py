@@ -38,12 +38,6 @@ class RotaryTable:
         return cos, sin
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``[T, H, D]`` by the cos and signed sin of ``RotaryTable``."""
-    swapped = heads.roll(heads.shape[-1] // 2, -1)
-    return torch.addcmul(heads * cos, swapped, sin)
-
-
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """Radians per position of each dimension pair, float32 ``[head_dim / 2]``."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim

@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
 IDLE_POLL_MS = 200
+# Quiet times after which the cache is checked: its counters, then the owner of every slot.
+COUNTERS_CHECK_SECONDS = 1.0
+SLOTS_CHECK_SECONDS = 60.0
 # While all that is left waits for its grammar.
 GRAMMAR_POLL_MS = 5
 
@@ -80,7 +83,8 @@ class Scheduler:
         )
         self._control = ControlHandler(self, engine)
         self._last_heartbeat = 0.0
-        self._checked_idle = False
+        self._idle_since = time.monotonic()
+        self._checked = 2
 
     def run_once(self) -> None:
         """One iteration: messages in, at most one step, replies out."""
@@ -125,7 +129,6 @@ class Scheduler:
             return
         if message.sampling.grammar is not None and request.max_new_tokens:
             request.grammar = self._grammars.submit(message.sampling.grammar)
-        self._checked_idle = False
         self.planner.waiting.add(request)
 
     def _step_input(self, plan: StepPlan) -> StepInput:
@@ -235,9 +238,17 @@ class Scheduler:
             request.grammar = None
 
     def _idle_check(self) -> None:
-        if self.planner.is_idle and not self._checked_idle:
+        """Check the cache's counters once per idle time, and every slot when it lasts."""
+        now = time.monotonic()
+        if not self.planner.is_idle:
+            self._idle_since = now
+            self._checked = 0
+        elif self._checked == 0 and now - self._idle_since >= COUNTERS_CHECK_SECONDS:
+            self.engine.cache.check(every_slot=False)
+            self._checked = 1
+        elif self._checked == 1 and now - self._idle_since >= SLOTS_CHECK_SECONDS:
             self.engine.cache.check()
-            self._checked_idle = True
+            self._checked = 2
 
     def _beat(self) -> None:
         now = time.monotonic()

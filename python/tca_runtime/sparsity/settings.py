@@ -14,6 +14,8 @@ from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.policies import SelectionPolicy
 
 FORMAT_VERSION = 1
+# Tokens per block of candidates that this runtime selects with.
+BLOCK_SIZE = 64
 
 
 class ConfigurationError(ValueError):
@@ -93,6 +95,11 @@ class CalibrationFile(msgspec.Struct, frozen=True, kw_only=True):
                     f"{path} was calibrated for another model: {name} is {mine} there, "
                     f"{theirs} in the model being served"
                 )
+        if self.block != BLOCK_SIZE:
+            raise ConfigurationError(
+                f"{path} was calibrated with blocks of {self.block} tokens, "
+                f"this runtime selects with blocks of {BLOCK_SIZE}"
+            )
         for phase, budget in (("prefill", self.prefill), ("decode", self.decode)):
             shape = np.shape(np.array(budget.mu, dtype=object))
             if shape[:2] != (self.num_layers, self.num_kv_heads):

@@ -1,0 +1,1 @@
+"""Benchmarks of the runtime; see benchmark/README.md for one command each."""

@@ -1,0 +1,342 @@
+"""The engine on one GPU at the 8B shape: decode, prefill, prefix hits, sessions that fit.
+
+    PYTHONPATH=kernels:python python benchmark/gpu/bench_engine.py
+
+Random weights, no HTTP and no scheduler process. Dense is this engine without selection.
+``--tiny`` is a dry run of every section with a tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_run import BenchRun
+from engine_driver import (
+    NAMESPACE,
+    budgets,
+    decode_inputs,
+    make_engine,
+    prefill,
+    random_tokens,
+    release,
+    settings,
+    synthetic_sequences,
+)
+from prefill_profile import kernel_shares
+from timing import copy_bandwidth, matmul_flops, pinned_bandwidth
+
+from tca_kernels.move import move_rows
+from tca_runtime.attention.flashinfer_backend import FlashInferBackend, FlashInferPrefill
+from tca_runtime.engine.engine import Engine
+
+
+def ceilings(run: BenchRun, engine: Engine) -> None:
+    run.copy, run.matmul = copy_bandwidth(run.device), matmul_flops(run.device)
+    pinned = pinned_bandwidth(run.device)
+    run.record(
+        "ceiling", copy_gbps=run.copy / 1e9, matmul_tflops=run.matmul / 1e12, pinned_gbps=pinned
+    )
+    run.record(
+        "pool",
+        tokens=engine.cache.capacity_tokens,
+        slots=engine.cache.pool.capacity,
+        backend=type(engine.backend).__name__,
+    )
+
+
+def weight_bytes(engine: Engine) -> float:
+    c = engine.model_config
+    qkv = c.hidden_size * (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
+    out = c.num_q_heads * c.head_dim * c.hidden_size
+    layer = qkv + out + 3 * c.hidden_size * c.intermediate_size
+    return 2.0 * (c.num_layers * layer + c.vocab_size * c.hidden_size)
+
+
+def linear_flops(engine: Engine, tokens: int) -> float:
+    c = engine.model_config
+    return tokens * (weight_bytes(engine) - 2.0 * c.vocab_size * c.hidden_size)
+
+
+def decode_step(run: BenchRun, engine: Engine, batch: int, context: int, mode: str) -> float:
+    """Median wall time of a whole step, sampled tokens on the host included."""
+    steps = 6 if run.tiny else 24
+    table = None if mode == "dense" else budgets(engine, 0.39, mode == "ragged")
+    sequences = synthetic_sequences(engine, batch, context, table, steps + 8)
+    wall: list[float] = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        engine.run(decode_inputs(sequences))
+        wall.append(time.perf_counter() - begin)
+    graph_ms = replay_ms(engine, sequences)
+    slots = sum(int(s.view.lengths.sum()) for s in sequences)
+    floor = (slots * 2 * engine.shape.head_dim * 2 + weight_bytes(engine)) / run.copy * 1e3
+    for sequence in sequences:
+        engine.cache.views.close(sequence.view)
+    step_ms = statistics.median(wall) * 1e3
+    run.record(
+        "decode_step",
+        batch=batch,
+        context=context,
+        mode=mode,
+        step_ms=step_ms,
+        forward_ms=graph_ms,
+        floor_ms=floor,
+        over_floor=step_ms / floor,
+        tokens_per_s=batch / step_ms * 1e3,
+    )
+    return step_ms
+
+
+def replay_ms(engine: Engine, sequences: list[Any]) -> float:
+    """Device time of the captured forward pass."""
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        engine._replay(decode_inputs(sequences))
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def decode(run: BenchRun, engine: Engine) -> None:
+    begin = time.perf_counter()
+    engine.warm_up()
+    run.record("capture", seconds=time.perf_counter() - begin)
+    engine.cache.pool.kv.normal_()
+    contexts = (512,) if run.tiny else (32768, 131072)
+    for context in contexts:
+        for batch in (1,) if run.tiny else (1, 8, 16):
+            modes = ("dense", "uniform", "ragged")
+            ms = {mode: decode_step(run, engine, batch, context, mode) for mode in modes}
+            run.record(
+                "decode_ratio",
+                batch=batch,
+                context=context,
+                uniform=ms["dense"] / ms["uniform"],
+                ragged=ms["dense"] / ms["ragged"],
+            )
+
+
+def sessions(run: BenchRun, engine: Engine) -> None:
+    """Sessions that fit in the pool, and the tokens per second of all of them decoding."""
+    context = 512 if run.tiny else 131072
+    table = budgets(engine, 0.39, True)
+    candidates = (context - 512) // 64
+    kept = int(table.kept_tokens(candidates).sum()) + engine.shape.rows * (
+        context - 64 * candidates
+    )
+    dense = engine.cache.pool.capacity // (context * engine.shape.rows)
+    sparse = engine.cache.pool.capacity // kept
+    run.record("sessions", context=context, dense=dense, tca=sparse, ratio=sparse / max(dense, 1))
+    if run.tiny:
+        return
+    dense_ms = decode_step(run, engine, dense, context, "dense")
+    sparse_ms = decode_step(run, engine, min(sparse, 24), context, "ragged")
+    run.record(
+        "sessions_rate",
+        dense_tokens_per_s=dense / dense_ms * 1e3,
+        tca_tokens_per_s=min(sparse, 24) / sparse_ms * 1e3,
+    )
+
+
+def timed_prefill(run: BenchRun, engine: Engine, context: int, mode: str) -> float:
+    """One cold prompt. ``mode``: fa2, fa3, or the kept percentage of prefill views."""
+    wanted = None
+    if not mode.startswith("fa"):
+        wanted = settings(budgets(engine, int(mode) / 100, False), budgets(engine, 0.39, True))
+    backend = engine.backend
+    assert isinstance(backend, FlashInferBackend)
+    if mode == "fa2":
+        backend._prefill = FlashInferPrefill(engine.shape, "fa2")
+    done = prefill(engine, random_tokens(engine, context, context), wanted)
+    release(engine, done)
+    engine.cache.flush()
+    if mode == "fa2":
+        backend._prefill = FlashInferPrefill(engine.shape)
+    c = engine.model_config
+    attention = 2.0 * context**2 * c.num_q_heads * c.head_dim * c.num_layers
+    floor = (linear_flops(engine, context) + (attention if wanted is None else 0)) / run.matmul
+    run.record(
+        "prefill", context=context, mode=mode, seconds=done.seconds, floor_without_views_s=floor
+    )
+    return done.seconds
+
+
+def prefills(run: BenchRun, engine: Engine) -> None:
+    plan = {
+        32768: ("fa3", "fa2", "10", "15", "39"),
+        65536: ("fa3", "fa2", "10", "15", "39"),
+        131072: ("fa3", "fa2", "10", "15", "39"),
+        262144: ("fa3", "10"),
+    }
+    if run.tiny:
+        plan = {2048: ("fa3", "10")}
+    warm = 1024 if run.tiny else 20480
+    for mode in ("fa3", "fa2", "10") if not run.tiny else ("10",):
+        prefill_only_warm(engine, warm, mode)
+    for context, modes in plan.items():
+        seconds = {mode: timed_prefill(run, engine, context, mode) for mode in modes}
+        ratios = {f"x{mode}": seconds["fa3"] / s for mode, s in seconds.items()}
+        run.record("prefill_ratio", context=context, **ratios)
+
+
+def prefill_only_warm(engine: Engine, context: int, mode: str) -> None:
+    """Compile and load kernels outside of what is timed."""
+    quiet = BenchRun(engine.device, engine.shape.dtype, 0.0, True, 1.0, 1.0)
+    timed_prefill(quiet, engine, context, mode)
+
+
+def breakdown(run: BenchRun, engine: Engine) -> None:
+    prefill_only_warm(engine, 1024 if run.tiny else 20480, "10")
+    for context in (2048,) if run.tiny else (65536, 131072):
+        for ratio in (0.1, 0.39):
+            wanted = settings(budgets(engine, ratio, False), budgets(engine, 0.39, True))
+            tokens = random_tokens(engine, context, 5)
+
+            def work(tokens: Any = tokens, wanted: Any = wanted) -> None:
+                release(engine, prefill(engine, tokens, wanted))
+
+            run.record("breakdown", context=context, kept=ratio, **kernel_shares(work))
+            engine.cache.flush()
+
+
+def prefix_hits(run: BenchRun, engine: Engine) -> None:
+    """TTFT of 200 new tokens behind a long prefix: full, pruned, demoted to the host."""
+    bus(run, engine)
+    context = 2048 if run.tiny else 131072
+    wanted = settings(budgets(engine, 0.1, False), budgets(engine, 0.39, True))
+    tokens = random_tokens(engine, context, 9)
+    cold = prefill(engine, tokens, wanted)
+    release(engine, cold)
+
+    def hit(name: str, seed: int, **extra: Any) -> None:
+        follow = [*tokens.tolist(), *random_tokens(engine, 200, seed).tolist()]
+        done = prefill(engine, torch.tensor(follow, dtype=torch.int32).numpy(), wanted)
+        run.record(
+            "prefix_hit",
+            prefix=name,
+            ttft_ms=done.seconds * 1e3,
+            of_cold=done.seconds / cold.seconds,
+            **extra,
+        )
+        release(engine, done)
+
+    for seed in (1, 2):
+        hit("full", seed)
+    for seed in (3, 4):
+        before = engine.cache.reclaimer.counts.demoted
+        demote_seconds = clock(lambda: demote_all(engine))
+        moved = engine.cache.reclaimer.counts.demoted - before
+        size = moved * engine.cache.pool.kv[0].nbytes
+        hit("demoted", seed, demoted_gb=size / 1e9, demote_gbps=size / demote_seconds / 1e9)
+    again = prefill(engine, tokens, wanted)
+    view = again.view
+    if view is not None:
+        prune = clock(lambda: engine.cache.prune(again.sequence, view.lists, view.keep))
+        run.record("prune", seconds=prune, kept=view.report["kept_ratio"])
+    release(engine, again)
+    for seed in (5, 6):
+        hit("pruned", seed)
+    usage = engine.cache.usage()
+    run.record("usage", tree_over_full=usage.tree_slots / max(usage.full_equivalent_slots, 1))
+    engine.cache.flush()
+
+
+def bus(run: BenchRun, engine: Engine) -> None:
+    """Bytes per second of scattered slots between the device and pinned host memory."""
+    host, pool = engine.cache.reclaimer.host, engine.cache.pool
+    assert host is not None
+    count = 1000 if run.tiny else min(host.capacity, 8_000_000)
+    device_rows = torch.randperm(pool.capacity, device=engine.device)[:count].int()
+    host_rows = torch.arange(count, device=engine.device, dtype=torch.int32)
+    size = count * pool.kv[0].nbytes / 1e9
+    for _ in range(2):
+        down = clock(lambda: move_rows(pool.kv, device_rows, host.kv, host_rows))
+        up = clock(lambda: move_rows(host.kv, host_rows, pool.kv, device_rows))
+    run.record("bus", gb=size, demote_gbps=size / down, promote_gbps=size / up)
+
+
+def demote_all(engine: Engine) -> None:
+    """Ask for slots until every cold complete prefix has shrunk to its core."""
+    reclaimer = engine.cache.reclaimer
+    while node := engine.cache.tree.full.pop():
+        reclaimer._shrink(node)
+
+
+def clock(work: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def long_decode(run: BenchRun, engine: Engine) -> None:
+    """One request alone, up to a million tokens."""
+    engine.warm_up()
+    engine.cache.pool.kv.normal_()
+    for context in (512,) if run.tiny else (262144, 524288, 1048576):
+        ms = {mode: decode_step(run, engine, 1, context, mode) for mode in ("dense", "ragged")}
+        run.record("decode_ratio", batch=1, context=context, ragged=ms["dense"] / ms["ragged"])
+
+
+def long_prefill(run: BenchRun, engine: Engine) -> None:
+    """Beyond the contexts of ``prefill``; takes minutes."""
+    if run.tiny:
+        return
+    for mode in ("10", "fa3"):
+        prefill_only_warm(engine, 20480, mode)
+    sparse, dense = (timed_prefill(run, engine, 524288, mode) for mode in ("10", "fa3"))
+    run.record("prefill_ratio", context=524288, x10=dense / sparse)
+
+
+SECTIONS: dict[str, Callable[[BenchRun, Engine], None]] = {
+    "decode": decode,
+    "sessions": sessions,
+    "prefill": prefills,
+    "breakdown": breakdown,
+    "hits": prefix_hits,
+    "long_decode": long_decode,
+    "long_prefill": long_prefill,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Time the engine at the 8B shape.")
+    parser.add_argument("--tiny", action="store_true", help="dry run with a tiny model")
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--host-gib", type=float, default=14.0)
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmark/results"))
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    run = BenchRun(device, torch.bfloat16, 0.0, args.tiny)
+    engine = make_engine(
+        "tiny" if args.tiny else args.model, 40000 if args.tiny else None, args.host_gib, "cuda"
+    )
+    assert NAMESPACE.prunable
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / "engine.json"
+    ceilings(run, engine)
+    for name in args.only:
+        with torch.inference_mode():
+            SECTIONS[name](run, engine)
+        path.write_text(json.dumps(run.results, indent=1))
+    run.record("done", seconds=run.elapsed)
+    print("wrote", path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The command line of a calibration."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tca_runtime.config import ModelArgs
+from tca_runtime.sparsity.calibration.choose import OBJECTIVES, Goal, Objective
+
+# In a source tree the data lies beside the packages.
+DEFAULT_DATA = Path(__file__).resolve().parents[4] / "calib_data"
+DEFAULT_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure and what to make of it. ``goals`` share one pass over the samples."""
+
+    model: ModelArgs
+    data: Path
+    output: Path
+    goals: tuple[Goal, ...]
+    samples: int
+    length: int
+    seed: int
+    resume: bool
+
+
+def parse_options(argv: Sequence[str] | None = None) -> Options:
+    """Options from command-line flags.
+
+    Raises
+    ------
+    SystemExit
+        On a flag or value that cannot be used, with a message.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tca_runtime.calibrate",
+        description="Measure a model once and give each of its attention heads a budget.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model-path", required=True, help="a known model, Hugging Face directory or GGUF file")
+    add("--data", type=Path, default=DEFAULT_DATA, help="JSONL file, or a directory of them")
+    add("--output", type=Path, required=True, help="JSON to write; several thresholds add -TAU")
+    add("--threshold", type=float, nargs="+", default=[0.9], help="attention mass to retain")
+    add("--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help="how budgets are chosen")
+    add("--ratio", help="keep ratio, or PREFILL,DECODE, for output-error; default: what mass takes")
+    add("--floor", default="0", help="least keep ratio of every head, or PREFILL,DECODE")
+    add("--samples", type=int, default=15, help="prompts; the last fifth only judges the choice")
+    add("--length", type=int, default=DEFAULT_LENGTH, help="tokens of a prompt")
+    add("--seed", type=int, default=0, help="of the choice of prompts")
+    add("--resume", action="store_true", help="reuse what an earlier run measured")
+    args = parser.parse_args(argv)
+    if args.samples < 2:
+        parser.error("--samples must be at least 2: one to choose from, one to judge")
+    if not all(0 < threshold <= 1 for threshold in args.threshold):
+        parser.error("--threshold must lie in (0, 1]")
+    if args.ratio and args.objective != "output-error":
+        parser.error("--ratio goes with --objective output-error")
+    ratios = _by_phase(parser, "--ratio", args.ratio) if args.ratio else None
+    floors = _by_phase(parser, "--floor", args.floor)
+    if ratios and (ratios[0] < floors[0] or ratios[1] < floors[1]):
+        parser.error("--ratio must not be below --floor")
+    objective: Objective = args.objective
+    return Options(
+        model=ModelArgs(model_path=args.model_path),
+        data=args.data,
+        output=args.output,
+        goals=tuple(Goal(tau, objective, ratios, floors) for tau in args.threshold),
+        samples=args.samples,
+        length=args.length,
+        seed=args.seed,
+        resume=args.resume,
+    )
+
+
+def _by_phase(parser: argparse.ArgumentParser, flag: str, text: str) -> tuple[float, float]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) not in (1, 2) or not all(0 <= share <= 1 for share in shares):
+        parser.error(f"{flag} {text}: one or two numbers in [0, 1] are expected")
+    return shares[0], shares[-1]

@@ -1,0 +1,1 @@
+"""Needs a GPU, except where a test says otherwise."""

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         for number in tqdm(range(args.rounds + 1), unit="round"):
             for case in CASES:
-                prompts = _prompts(workers["passive"], case, seed=number)
+                prompts = _prompts(workers["short spin"], case, seed=number)
                 sample = _measure(case, prompts, server, workers, turn=number)
                 if number > 0:
                     samples[case.name].append(sample)
@@ -141,7 +141,7 @@ def _measure(
         step()
     agreed = sum(
         a == b
-        for result, answer in zip(results, answers["passive"], strict=True)
+        for result, answer in zip(results, answers["short spin"], strict=True)
         for a, b in zip(result.output_ids, answer["output_ids"], strict=True)
     )
     return Sample(

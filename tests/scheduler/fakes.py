@@ -136,6 +136,7 @@ class Harness:
         box: Any = self.mail
         grammars: Any = NoGrammars()
         self.scheduler = Scheduler(config, engine, grammars, box, box, context)
+        self.scheduler.stream_interval = 0.0
 
     def submit(
         self,

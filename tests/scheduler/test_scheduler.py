@@ -215,3 +215,13 @@ def test_a_broken_grammar_is_its_clients_mistake() -> None:
     harness.run()
     finish = harness.finish("a")
     assert (finish.type, finish.status, finish.message) == ("abort", 400, "no such thing")
+
+
+def test_fast_tokens_share_messages_and_none_is_lost() -> None:
+    harness = Harness()
+    harness.scheduler.stream_interval = 3600.0
+    harness.submit("a", [4, 5, 6], 30)
+    harness.run()
+    expected = expected_output([4, 5, 6], 30)
+    assert harness.tokens("a") == expected
+    assert [len(o.token_ids) for o in harness.outputs("a")] == [1, len(expected) - 1]

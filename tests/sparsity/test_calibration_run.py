@@ -209,6 +209,7 @@ def test_samples_take_kinds_in_turn_and_ends_of_prompts() -> None:
         (["--objective", "output-error", "--ratio", "x"], "--ratio x"),
         (["--floor", "0.1,0.2,0.3"], "--floor 0.1,0.2,0.3"),
         (["--objective", "output-error", "--ratio", "0.1", "--floor", "0.2"], "--floor"),
+        (["--objective", "output-error", "--ratio", "0.1", "0.2"], "one for each threshold"),
     ],
 )
 def test_bad_flags_are_named(
@@ -219,8 +220,13 @@ def test_bad_flags_are_named(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_phases_have_their_own_ratio_and_floor() -> None:
-    flags = ["--objective", "output-error", "--ratio", "0.1,0.4", "--floor", "0.05,0.2"]
-    options = parse_options(["--model-path", "m", "--output", "c.json", *flags])
-    goal = options.goals[0]
-    assert (goal.ratios, goal.floors) == ((0.1, 0.4), (0.05, 0.2))
+def test_thresholds_and_phases_have_their_own_ratio() -> None:
+    flags = ["--model-path", "m", "--output", "c.json", "--objective", "output-error"]
+    both = parse_options([*flags, "--threshold", "0.8", "0.9", "--ratio", "0.1,0.4", "0.5"])
+    assert [goal.ratios for goal in both.goals] == [(0.1, 0.4), (0.5, 0.5)]
+    same = parse_options(
+        [*flags, "--threshold", "0.8", "0.9", "--ratio", "0.3", "--floor", "0.05,0.2"]
+    )
+    assert [goal.ratios for goal in same.goals] == [(0.3, 0.3)] * 2
+    assert [goal.floors for goal in same.goals] == [(0.05, 0.2)] * 2
+    assert [goal.ratios for goal in parse_options(flags).goals] == [None]

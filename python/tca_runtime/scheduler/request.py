@@ -51,6 +51,7 @@ class Request:
     num_retractions: int = 0
     skipped: int = 0
     num_sent: int = 0
+    sent_at: float = 0.0
     selected_at: int | None = None
     tca: dict[str, Any] | None = None
     grammar: Future[CompiledGrammar] | None = None
@@ -116,6 +117,10 @@ class Request:
         if self.sparsity is None or self.selected_at is None:
             return False
         return self.num_tokens - self.selected_at >= self.sparsity.settings.refresh
+
+    def is_due(self, now: float, interval: float) -> bool:
+        """Whether the client should be told of its new tokens now; the first never wait."""
+        return self.num_sent == 0 or now - self.sent_at >= interval
 
     def append(self, token: int) -> None:
         self.tokens[self.num_tokens] = token

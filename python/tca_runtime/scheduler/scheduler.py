@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
 IDLE_POLL_MS = 200
+# Tokens of one request that come faster than this share a message: below what a reader notices,
+# and every message wakes the tokenizer process.
+STREAM_INTERVAL = 0.01
 # Quiet times after which the cache is checked: its counters, then the owner of every slot.
 COUNTERS_CHECK_SECONDS = 1.0
 SLOTS_CHECK_SECONDS = 60.0
@@ -83,6 +86,7 @@ class Scheduler:
         )
         self._control = ControlHandler(self, engine)
         self._last_heartbeat = 0.0
+        self.stream_interval = STREAM_INTERVAL
         self._idle_since = time.monotonic()
         self._checked = 2
 
@@ -188,9 +192,12 @@ class Scheduler:
             else:
                 self._append(request, sampled, entry)
             changed.append(request)
-        going = [take_output(r) for r in changed if r.finish is None]
+        now = time.monotonic()
+        going = [r for r in changed if r.finish is None and r.is_due(now, self.stream_interval)]
+        for request in going:
+            request.sent_at = now
         if going:
-            self._outbox.send(TokenBatch(outputs=going))
+            self._outbox.send(TokenBatch(outputs=[take_output(r) for r in going]))
         self._end_finished()
 
     def _show(self, request: Request, view: DecodeView | None) -> None:

@@ -20,7 +20,7 @@ from tca_kernels.select import Selection, block_scores, select
 from tca_runtime.attention.base import AttentionShape, PieceLists
 from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.sparsity.budget import BudgetTable, levels
-from tca_runtime.sparsity.chooser import LADDER, ChunkSelection, DecodeView
+from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, rungs
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 
 
@@ -99,7 +99,7 @@ class BatchedChunk:
         ranking = block_scores(scores, self._block, self._policy.score)
         if request.max_dropped_mass is None:
             return self._view(scores, ranking, budget)
-        for ratio in LADDER:
+        for ratio in rungs(self._block):
             view = self._view(scores, ranking, budget.at_ratio(ratio))
             if view.report["dropped_mass"] <= request.max_dropped_mass:
                 break

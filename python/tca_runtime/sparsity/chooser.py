@@ -23,6 +23,11 @@ from tca_runtime.sparsity.settings import SparsitySettings
 LADDER = (0.05, 0.1, 0.15, 0.2, 0.25, 0.32, 0.39, 0.5, 0.65, 0.8, 1.0)
 
 
+def rungs(block: int) -> list[float]:
+    """The ladder's ratios that blocks of this size can reach."""
+    return [ratio for ratio in LADDER if ratio >= 1 / block]
+
+
 @dataclass(frozen=True, eq=False)
 class RequestSparsity:
     """Settings of one request: the server's, changed by what the client asked for.
@@ -142,7 +147,7 @@ class StepSelection:
         decode = work.request.settings.decode
         if limit is None:
             return self._view(work, decode)
-        for ratio in LADDER:
+        for ratio in rungs(decode.block):
             view = self._view(work, decode.at_ratio(ratio))
             if view.report["dropped_mass"] <= limit:
                 break

@@ -49,7 +49,12 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     add("--output", type=Path, required=True, help="JSON to write; several thresholds add -TAU")
     add("--threshold", type=float, nargs="+", default=[0.9], help="attention mass to retain")
     add("--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help="how budgets are chosen")
-    add("--ratio", help="keep ratio, or PREFILL,DECODE, for output-error; default: what mass takes")
+    add(
+        "--ratio",
+        nargs="+",
+        help="keep ratio, or PREFILL,DECODE, for output-error: one, or one for each threshold; "
+        "default: what mass takes",
+    )
     add("--floor", default="0", help="least keep ratio of every head, or PREFILL,DECODE")
     add("--samples", type=int, default=15, help="prompts; the last fifth only judges the choice")
     add("--length", type=int, default=DEFAULT_LENGTH, help="tokens of a prompt")
@@ -62,16 +67,23 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         parser.error("--threshold must lie in (0, 1]")
     if args.ratio and args.objective != "output-error":
         parser.error("--ratio goes with --objective output-error")
-    ratios = _by_phase(parser, "--ratio", args.ratio) if args.ratio else None
     floors = _by_phase(parser, "--floor", args.floor)
-    if ratios and (ratios[0] < floors[0] or ratios[1] < floors[1]):
-        parser.error("--ratio must not be below --floor")
+    ratios: list[tuple[float, float] | None] = [None]
+    if args.ratio:
+        ratios = [_by_phase(parser, "--ratio", text, floors) for text in args.ratio]
+    if len(ratios) == 1:
+        ratios *= len(args.threshold)
+    if len(ratios) != len(args.threshold):
+        parser.error("--ratio: give one, or one for each threshold")
     objective: Objective = args.objective
     return Options(
         model=ModelArgs(model_path=args.model_path),
         data=args.data,
         output=args.output,
-        goals=tuple(Goal(tau, objective, ratios, floors) for tau in args.threshold),
+        goals=tuple(
+            Goal(tau, objective, ratio, floors)
+            for tau, ratio in zip(args.threshold, ratios, strict=True)
+        ),
         samples=args.samples,
         length=args.length,
         seed=args.seed,
@@ -79,11 +91,19 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     )
 
 
-def _by_phase(parser: argparse.ArgumentParser, flag: str, text: str) -> tuple[float, float]:
+def _by_phase(
+    parser: argparse.ArgumentParser,
+    flag: str,
+    text: str,
+    least: tuple[float, float] = (0.0, 0.0),
+) -> tuple[float, float]:
+    """``X`` or ``PREFILL,DECODE``."""
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
         shares = []
     if len(shares) not in (1, 2) or not all(0 <= share <= 1 for share in shares):
         parser.error(f"{flag} {text}: one or two numbers in [0, 1] are expected")
+    if shares[0] < least[0] or shares[-1] < least[1]:
+        parser.error(f"{flag} {text} is below --floor")
     return shares[0], shares[-1]

@@ -6,14 +6,16 @@ This process serves HTTP and tokenises; the scheduler runs in a child process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
 
 import uvicorn
@@ -91,6 +93,14 @@ def bind(args: ServerArgs) -> socket.socket:
     return listener
 
 
+class HttpServer(uvicorn.Server):
+    """Leaves signals to the launcher: uvicorn would raise them again after its own shutdown."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 async def serve(config: RuntimeConfig, addresses: Addresses, listener: socket.socket) -> int:
     """Start the scheduler, then answer requests until a signal or the scheduler's end."""
     context = zmq.asyncio.Context()
@@ -137,7 +147,10 @@ async def _serve_http(
 ) -> int:
     app = build_app(config, manager)
     level = "debug" if config.server.log_level == "debug" else "warning"
-    server = uvicorn.Server(uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=5))
+    server = HttpServer(uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=5))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, setattr, server, "should_exit", True)
     watcher = asyncio.create_task(_watch(manager, scheduler, server))
     _print_ready(config, manager.served_model_name)
     await server.serve(sockets=[listener])
@@ -162,7 +175,7 @@ def _print_ready(config: RuntimeConfig, model: str) -> None:
     print(
         f"\nThe server is ready: {model} on {url}\n\nTry:\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
-        f'    -d \'{{"model": "{model}", "messages": [{{"role": "user", '
+        f'    -d \'{{"model": "{model}", "temperature": 0, "messages": [{{"role": "user", '
         '"content": "What is the capital of France?"}]}\'\n',
         flush=True,
     )

@@ -82,7 +82,7 @@ class SparsityArgs:
         None,
         "calibration file, 'uniform:RATIO' or 'uniform:PREFILL,DECODE'; known models have one",
     )
-    tca_threshold: float = _option(0.9, "which of a known model's configurations is used")
+    tca_threshold: float = _option(0.95, "which of a known model's configurations is used")
     tca_policy: str = _option(
         "tca",
         "what ranks tokens",

@@ -42,7 +42,7 @@ HEARTBEAT_SECONDS = 0.5
 IDLE_POLL_MS = 200
 # Tokens of one request that come faster than this share a message: below what a reader notices,
 # and every message wakes the tokenizer process.
-STREAM_INTERVAL = 0.01
+STREAM_INTERVAL = 0.02
 # Quiet times after which the cache is checked: its counters, then the owner of every slot.
 COUNTERS_CHECK_SECONDS = 1.0
 SLOTS_CHECK_SECONDS = 60.0

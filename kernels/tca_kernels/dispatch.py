@@ -1,4 +1,4 @@
-"""Which implementation a public function runs: Triton on CUDA tensors, else the reference."""
+"""Which implementation a public function runs: Triton on CUDA, numba on the CPU, else torch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,30 @@ def use_triton(tensor: Tensor) -> bool:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def use_numba(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+def compile_for_cpu() -> None:
+    """Compile the numba kernels of a model's layers now, so that no request waits for it.
+
+    Takes seconds the first time; later processes load them from numba's cache.
+    """
+    from tca_kernels.cpu import elementwise, linear
+
+    elementwise.rms_norm_kernel()
+    elementwise.rotate_kernel()
+    linear.linear_kernel()
+    linear.gated_kernel()
+
+
+def cpu_parts(work: int, per_thread: int) -> int:
+    """Threads that share ``work`` items on the CPU; the calling thread's kernels run on them."""
+    from tca_kernels.cpu.jit import use_threads
+
+    return use_threads(min(torch.get_num_threads(), 1 + work // per_thread))
 
 
 def next_power_of_2(n: int) -> int:

@@ -12,6 +12,20 @@ from tca_kernels.dispatch import cdiv, next_power_of_2
 _HEADS = 16
 _ROW_ELEMENTS = 4096
 _SILU_TILE = 2048
+# Elements below which another CPU thread costs more than it saves.
+_THREAD_ELEMENTS = 1 << 15
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of ``[T, N]``."""
+    if not (dispatch.use_numba(x) and x.is_contiguous()):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    from tca_kernels.cpu.elementwise import rms_norm_kernel
+
+    out = torch.empty_like(x)
+    parts = dispatch.cpu_parts(x.numel(), _THREAD_ELEMENTS)
+    rms_norm_kernel()(x.numpy(), weight.numpy(), eps, out.numpy(), parts)
+    return out
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -27,6 +41,12 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     -------
     ``heads * cos + swapped(heads) * sin``, where ``swapped`` exchanges a head's halves.
     """
+    if dispatch.use_numba(heads):
+        from tca_kernels.cpu.elementwise import rotate_kernel as rotate_on_cpu
+
+        parts = dispatch.cpu_parts(heads.numel(), _THREAD_ELEMENTS)
+        rotate_on_cpu()(heads.numpy(), cos[:, 0].numpy(), sin[:, 0].numpy(), parts)
+        return heads
     if not dispatch.use_triton(heads):
         swapped = heads.roll(heads.shape[-1] // 2, -1)
         return torch.addcmul(heads * cos, swapped, sin)

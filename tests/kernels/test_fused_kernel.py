@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tca_kernels.fused import copy_rows, rotate, silu_mul
+from tca_kernels.fused import copy_rows, rms_norm, rotate, silu_mul
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -20,12 +20,23 @@ def test_rotate(
     cos = torch.cat((angle.cos(), angle.cos()), -1).to(dtype)
     sin = torch.cat((-angle.sin(), angle.sin()), -1).to(dtype)
     qk = qkv[:, :heads]
-    wide = qk.float()
+    wide = qk.float().clone()
     expected = wide * cos.float() + wide.roll(head_dim // 2, -1) * sin.float()
     untouched = qkv[:, heads:].clone()
     out = rotate(qk, cos, sin)
     torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert torch.equal(qkv[:, heads:], untouched)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(0, 64), (1, 64), (3, 576), (300, 130)])
+def test_rms_norm(tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.randn(tokens, width, device=device).to(dtype)
+    weight = torch.randn(width, device=device).to(dtype)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    tolerance = TOLERANCE[dtype]
+    out = rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (3, 2048), (7, 2052)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import TypeVar, cast
 
@@ -38,11 +39,18 @@ def helper(function: F) -> F:
 
 def use_threads(count: int) -> int:
     """Let the calling thread's kernels run on ``count`` threads; return how many numba grants."""
+    if _granted.get(threading.get_ident()) == count:
+        return count
     _start_pool()
     limit: int = numba.config.NUMBA_NUM_THREADS
     granted = max(1, min(count, limit))
     numba.set_num_threads(granted)
+    _granted[threading.get_ident()] = granted
     return granted
+
+
+# What each thread asked for last: asking numba takes longer than a small kernel.
+_granted: dict[int, int] = {}
 
 
 @functools.cache

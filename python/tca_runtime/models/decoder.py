@@ -31,7 +31,7 @@ class Decoder:
             config.hidden_size,
         )
         if config.tie_embeddings:
-            self._embedding = Embedding(self._head.weight.t())
+            self._embedding = Embedding(self._head.weight)
         else:
             self._embedding = weights.embedding(
                 "model.embed_tokens", config.vocab_size, config.hidden_size
@@ -59,7 +59,7 @@ class Decoder:
 
     def output_projection(self, layer: int) -> Tensor:
         """Takes a layer's attention to the residual stream: ``[Hq * D, hidden]``."""
-        return self._layers[layer].attention.output.weight
+        return self._layers[layer].attention.output.weight.t()
 
     def fingerprint(self) -> str:
         """Names the weights, whatever dtype and device they are loaded to."""

@@ -8,48 +8,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tca_kernels.fused import rotate, silu_mul
+from tca_kernels.fused import rms_norm, rotate
+from tca_kernels.linear import linear, linear_add, linear_silu_mul
 from tca_runtime.attention.base import LayerAttention
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """``x @ weight + bias`` with ``weight`` of shape ``[in, out]``.
-
-    The memory layout is the loader's choice: row-major where that is the faster operand (CPU),
-    a transposed view of ``[out, in]`` elsewhere.
-    """
+    """``x @ weight.T + bias`` with ``weight`` of shape ``[out, in]``."""
 
     weight: Tensor
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return torch.mm(x, self.weight)
-        return torch.addmm(self.bias, x, self.weight)
+        return linear(x, self.weight, self.bias)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """``residual += self(x)``, in place and in one pass."""
-        residual.addmm_(x, self.weight)
+        linear_add(residual, x, self.weight)
         if self.bias is not None:
             residual.add_(self.bias)
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Rows of ``[vocab, hidden]``, which may be a view of a row-major ``[hidden, vocab]`` head."""
+    """Rows of ``[vocab, hidden]``."""
 
     table: Tensor
 
     def __call__(self, ids: Tensor) -> Tensor:
-        if self.table.is_contiguous():
-            return F.embedding(ids, self.table)
-        # F.embedding would gather such rows element by element.
-        return self.table.t().index_select(1, ids).t().contiguous()
+        return F.embedding(ids, self.table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +51,7 @@ class RMSNorm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +103,7 @@ class GatedMLP:
     down: Linear
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
-        self.down.add_to(residual, silu_mul(self.gate_up(x)))
+        self.down.add_to(residual, linear_silu_mul(x, self.gate_up.weight))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from tca_kernels.dispatch import compile_for_cpu
 from tca_runtime.config import ModelArgs
 from tca_runtime.fetch_model import resolve
 from tca_runtime.gguf_file import GgufError, GgufFile
@@ -56,6 +57,8 @@ def load_model(args: ModelArgs) -> LoadedModel:
         dtype = _dtype(args.dtype, config, device)
     config = _with_context_length(config, args)
     model = Decoder(config, WeightBuilder(source, dtype, device))
+    if device.type == "cpu" and dtype == torch.float32:
+        compile_for_cpu()
     return LoadedModel(model, config, dtype, device)
 
 

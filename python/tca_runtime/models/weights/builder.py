@@ -39,15 +39,9 @@ class WeightBuilder:
         rows = self._empty(sum(out_sizes), in_size)
         for part, name, size in zip(rows.split(list(out_sizes)), names, out_sizes, strict=True):
             part.copy_(self._source.read(f"{name}.weight", (size, in_size)))
-        weight = self._in_by_out(rows)
         if not bias:
-            return Linear(weight)
-        return Linear(weight, self.vector([f"{name}.bias" for name in names], out_sizes))
-
-    def _in_by_out(self, rows: Tensor) -> Tensor:
-        # A CPU multiplies a few rows by a row-major [in, out] up to 30 % faster than by its
-        # transpose, and one row at the speed of memory either way. GPUs prefer [out, in].
-        return rows.t().contiguous() if self.device.type == "cpu" else rows.t()
+            return Linear(rows)
+        return Linear(rows, self.vector([f"{name}.bias" for name in names], out_sizes))
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -33,7 +33,11 @@ class LogprobOptions(msgspec.Struct, frozen=True, array_like=True):
 
 
 class GenerateRequest(_Message):
-    """One prompt to continue. ``input_ids`` is packed little-endian int32."""
+    """One prompt to continue. ``input_ids`` is packed little-endian int32.
+
+    Without ``incremental`` the tokens between the first and the last are told together: nobody
+    looks at them before, and every message takes the tokenizer process a core for a while.
+    """
 
     rid: str
     input_ids: bytes
@@ -41,6 +45,7 @@ class GenerateRequest(_Message):
     logprobs: LogprobOptions | None = None
     extra_key: str | None = None
     priority: int = 0
+    incremental: bool = True
 
 
 class AbortRequest(_Message):

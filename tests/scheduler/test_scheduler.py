@@ -225,3 +225,13 @@ def test_fast_tokens_share_messages_and_none_is_lost() -> None:
     expected = expected_output([4, 5, 6], 30)
     assert harness.tokens("a") == expected
     assert [len(o.token_ids) for o in harness.outputs("a")] == [1, len(expected) - 1]
+
+
+def test_whole_replies_are_told_once_begun_and_once_done() -> None:
+    harness = Harness()
+    harness.submit("whole", [1, 2, 3], max_new_tokens=9, incremental=False)
+    harness.submit("stream", [2, 2, 3], max_new_tokens=9)
+    harness.run()
+    assert [len(o.token_ids) for o in harness.outputs("whole")] == [1, 8]
+    assert [len(o.token_ids) for o in harness.outputs("stream")] == [1] * 9
+    assert harness.tokens("whole") == expected_output([1, 2, 3], 9)

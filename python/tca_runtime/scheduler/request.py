@@ -120,7 +120,9 @@ class Request:
 
     def is_due(self, now: float, interval: float) -> bool:
         """Whether the client should be told of its new tokens now; the first never wait."""
-        return self.num_sent == 0 or now - self.sent_at >= interval
+        if self.num_sent == 0:
+            return True
+        return self.message.incremental and now - self.sent_at >= interval
 
     def append(self, token: int) -> None:
         self.tokens[self.num_tokens] = token

@@ -80,6 +80,7 @@ async def text_requests(
                 logprob_text=bool(body.return_text_in_logprobs),
                 extra_key=extra_keys[i] or None,
                 priority=body.priority or 0,
+                stream=bool(body.stream),
                 arrived=arrived,
             )
         )

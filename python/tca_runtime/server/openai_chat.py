@@ -115,6 +115,7 @@ async def _prepare(body: ChatBody, context: ServerContext) -> _Call:
         logprob_text=True,
         extra_key=body.extra_key or None,
         priority=body.priority or 0,
+        stream=bool(body.stream),
         arrived=arrived,
     )
     include_usage = bool(body.stream_options and body.stream_options.include_usage)

@@ -109,6 +109,7 @@ async def _prepare(body: CompletionBody, context: ServerContext) -> _Call:
                 logprob_text=True,
                 extra_key=body.extra_key or None,
                 priority=body.priority or 0,
+                stream=bool(body.stream),
                 arrived=arrived,
             )
         )

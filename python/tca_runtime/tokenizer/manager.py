@@ -312,4 +312,6 @@ def _message(state: RequestState) -> GenerateRequest:
         logprobs=request.logprobs,
         extra_key=request.extra_key,
         priority=request.priority,
+        # Stops are found in the text, which grows here.
+        incremental=bool(request.stream or request.sampling.stop or request.sampling.stop_regex),
     )

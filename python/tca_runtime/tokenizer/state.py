@@ -21,7 +21,8 @@ LogprobEntry = tuple[float | None, int, str | None]
 class TextRequest:
     """One prompt and what to do with it. ``sampling.n`` outputs are made of it.
 
-    ``arrived`` is when the client's call came in, by ``time.perf_counter``.
+    ``stream``: the client reads the text while it grows. ``arrived`` is when its call came in, by
+    ``time.perf_counter``.
     """
 
     rid: str
@@ -31,6 +32,7 @@ class TextRequest:
     logprob_text: bool = False
     extra_key: str | None = None
     priority: int = 0
+    stream: bool = False
     arrived: float = field(default_factory=time.perf_counter)
 
 

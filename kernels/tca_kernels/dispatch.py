@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 def use_triton(tensor: Tensor) -> bool:
-    return tensor.is_cuda and _has_triton()
+    return tensor.is_cuda and _has("triton")
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def use_numba(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and _has("numba")
 
 
 def compile_for_cpu() -> None:
@@ -27,6 +27,8 @@ def compile_for_cpu() -> None:
 
     Takes seconds the first time; later processes load them from numba's cache.
     """
+    if not _has("numba"):
+        return
     from tca_kernels.cpu import elementwise, linear
 
     elementwise.rms_norm_kernel()

@@ -98,8 +98,9 @@ def prefill(
             sparsity=request,
             ends_prompt=ends,
         )
-        output = engine.run(StepInput([], [part]))
-        view = output.decode_views[0]
+        step = engine.launch(StepInput([], [part]))
+        step.result()
+        view = step.decode_views[0]
     cache.commit(NAMESPACE, sequence, tokens)
     if view is not None:
         cache.show(sequence, view.lengths, view.slots)
@@ -146,4 +147,4 @@ def synthetic_sequences(
 
 
 def decode_inputs(sequences: list[Sequence]) -> StepInput:
-    return StepInput([DecodeInput(s, 17, SAMPLING) for s in sequences], [])
+    return StepInput([DecodeInput(s, SAMPLING) for s in sequences], [])

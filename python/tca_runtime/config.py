@@ -61,6 +61,9 @@ class SchedulerArgs:
         "lpm", "order of admission: longest prefix match or arrival", choices=("lpm", "fcfs")
     )
     mixed_batches: bool = _option(True, "decode running requests in the steps that prefill")
+    disable_overlap: bool = _option(
+        False, "on a GPU, plan a step only when the tokens of the one before it are known"
+    )
     random_seed: int | None = _option(None, "seed of the seeds drawn for unseeded requests")
 
 

@@ -62,7 +62,8 @@ def test_prompt_logits_are_made_in_slices() -> None:
         return states @ head
 
     wish = LogprobWish(top_k=2, token_ids=(7,))
-    entries = prompt_logprobs(project, hidden, targets, wish)
+    parts = prompt_logprobs(project, hidden, targets, wish)
+    entries = [entry for part in parts for entry in part.entries()]
     assert max(sizes) <= PROMPT_SLICE
     assert len(entries) == positions == sum(sizes)
     for i in range(0, positions, 53):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tca_runtime.cache.manager import CacheManager
 from tca_runtime.cache.slot_pool import SlotPool
@@ -24,8 +26,9 @@ from tca_runtime.messages import (
     TokenBatch,
     TokenOutput,
 )
-from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.sampling_params import Grammar, SamplingParams
 from tca_runtime.scheduler.scheduler import Scheduler
+from tca_runtime.sparsity.chooser import DecodeView
 
 LAYERS, HEADS = 2, 1
 ROWS = LAYERS * HEADS
@@ -48,11 +51,108 @@ def expected_output(prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-class FakeEngine:
-    """Stores each token's id as its key and predicts from the ids its view reads back."""
+class CountingMatcher:
+    """A grammar of ``length`` tokens that has to see each before it lets the next be drawn."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._accepted: list[int] = []
+        self._begin: int | None = None
+
+    @property
+    def is_terminated(self) -> bool:
+        return len(self._accepted) >= self._length
+
+    def fill(self, context: list[int]) -> None:
+        if self._begin is None:
+            self._begin = len(context)
+        assert self.is_terminated or context[self._begin :] == self._accepted
+
+    def accept(self, token: int) -> None:
+        self._accepted.append(token)
+
+
+class FakeGrammars:
+    """Compiles at once; the pattern is a grammar's length."""
+
+    def submit(self, grammar: Grammar) -> Future[Any]:
+        future: Future[Any] = Future()
+        compiled = SimpleNamespace(matcher=lambda: CountingMatcher(int(grammar.value)))
+        future.set_result(compiled)
+        return future
+
+
+class FakeStep:
+    """A launched step: its tokens are drawn already but not shown before ``result``."""
 
     def __init__(
-        self, capacity_tokens: int, max_requests: int, share_prefixes: bool = True
+        self, engine: FakeEngine, step: StepInput, written: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        self.decode_views: list[DecodeView | None] = [None] * len(step.chunks)
+        self._engine = engine
+        self._step = step
+        self._written = written
+        self._drawn: list[int] | None = None
+        sampling = [*step.decode, *(c for c in step.chunks if c.sampling)]
+        self._rows = [s.sequence.view.index for s in sampling]
+        self._constrained = [s for s in sampling if s.sampling and s.sampling.matcher]
+        self._contexts = [engine.read(row) for row in self._rows]
+        if not self._constrained:
+            self.sample()
+
+    def sample(self) -> None:
+        if self._drawn is not None:
+            return
+        for entry in self._constrained:
+            matcher: Any = entry.sampling.matcher if entry.sampling else None
+            matcher.fill(self._contexts[self._rows.index(entry.sequence.view.index)])
+        self._drawn = [next_token(context) for context in self._contexts]
+        self._engine.tokens[self._rows] = torch.tensor(self._drawn, dtype=torch.int64)
+
+    def result(self) -> StepOutput:
+        self.sample()
+        assert self._drawn is not None
+        assert self._engine.in_flight.popleft() is self, "steps end in the order of their launch"
+        self.check_slots()
+        step, num_decode = self._step, len(self._step.decode)
+        ends = iter(self._drawn[num_decode:])
+        return StepOutput(
+            decode_tokens=self._drawn[:num_decode],
+            chunk_tokens=[next(ends) if c.sampling else None for c in step.chunks],
+            decode_logprobs=[None] * num_decode,
+            chunk_logprobs=[None] * len(step.chunks),
+            prompt_logprobs=[
+                [PositionLogprobs((0.0, int(t))) for t in self.targets(c)] for c in step.chunks
+            ],
+            dropped_mass=[None] * len(step.chunks),
+        )
+
+    def check_slots(self) -> None:
+        """Until a step has ended, what it wrote still belongs to its requests, and is intact."""
+        free = set(self._engine.cache.pool.free_slots().tolist())
+        kv = self._engine.cache.pool.kv
+        for slots, ids in self._written:
+            assert not free.intersection(slots.flatten().tolist()), "freed under a running step"
+            assert torch.equal(kv[slots.long(), 0, 0], ids.expand(slots.shape)), "overwritten"
+
+    @staticmethod
+    def targets(chunk: Any) -> list[int]:
+        return [] if chunk.prompt_targets is None else chunk.prompt_targets.tolist()
+
+
+class FakeEngine:
+    """Stores each token's id as its key and predicts from the ids its view reads back.
+
+    ``is_asynchronous`` makes it one whose tokens come later: the order of what happens to memory
+    is that of a device with one stream. Freed slots are overwritten at once.
+    """
+
+    def __init__(
+        self,
+        capacity_tokens: int,
+        max_requests: int,
+        share_prefixes: bool = True,
+        is_asynchronous: bool = False,
     ) -> None:
         cpu = torch.device("cpu")
         pool = SlotPool(capacity_tokens * ROWS + 1, 1, torch.float32, cpu)
@@ -61,36 +161,36 @@ class FakeEngine:
         self.cache = CacheManager(pool, views, share_prefixes)
         self.model_config = SimpleNamespace(eos_token_ids=(EOS,))
         self.sparsity = None
+        self.is_asynchronous = is_asynchronous
+        self.tokens = torch.zeros(max_requests + 1, dtype=torch.int64)
         self.steps: list[StepInput] = []
+        self.in_flight: deque[FakeStep] = deque()
+        self.deepest = 0
+        free = pool.free
 
-    def run(self, step: StepInput) -> StepOutput:
+        def poison_and_free(slots: Tensor) -> None:
+            pool.kv[slots.reshape(-1).long()] = -1.0
+            free(slots)
+
+        pool.free = poison_and_free  # type: ignore[method-assign]
+
+    def launch(self, step: StepInput) -> FakeStep:
         self.steps.append(step)
         views, kv = self.cache.views, self.cache.pool.kv
+        written: list[tuple[Tensor, Tensor]] = []
         for chunk in step.chunks:
-            ids = torch.from_numpy(chunk.tokens.astype(np.float32))
-            kv[chunk.slots.long(), 0, 0] = ids
+            written.append((chunk.slots, torch.from_numpy(chunk.tokens.astype(np.float32))))
         if step.decode:
             indices = torch.tensor([d.sequence.view.index for d in step.decode])
             self.cache.step([d.sequence for d in step.decode], indices)
             slots = views.last_slots(views.lists(indices))
-            kv[slots.long(), 0, 0] = torch.tensor([[[float(d.token)]] for d in step.decode])
-        return StepOutput(
-            decode_tokens=[next_token(self.read(d.sequence.view.index)) for d in step.decode],
-            chunk_tokens=[
-                next_token(self.read(c.sequence.view.index)) if c.sampling else None
-                for c in step.chunks
-            ],
-            decode_logprobs=[None] * len(step.decode),
-            chunk_logprobs=[None] * len(step.chunks),
-            prompt_logprobs=[
-                [PositionLogprobs((0.0, int(t))) for t in self.targets(c)] for c in step.chunks
-            ],
-            decode_views=[None] * len(step.chunks),
-        )
-
-    @staticmethod
-    def targets(chunk: Any) -> list[int]:
-        return [] if chunk.prompt_targets is None else chunk.prompt_targets.tolist()
+            written.append((slots, self.tokens[indices].float()[:, None, None]))
+        for target, ids in written:
+            kv[target.long(), 0, 0] = ids.expand(target.shape)
+        launched = FakeStep(self, step, written)
+        self.in_flight.append(launched)
+        self.deepest = max(self.deepest, len(self.in_flight))
+        return launched
 
     def read(self, index: int) -> list[int]:
         """The ids a view lists; every row must list the same."""
@@ -127,14 +227,22 @@ class NoGrammars:
 class Harness:
     """A scheduler and everything its clients received."""
 
-    def __init__(self, capacity_tokens: int = 100, context: int = 1000, **args: Any) -> None:
+    def __init__(
+        self,
+        capacity_tokens: int = 100,
+        context: int = 1000,
+        is_asynchronous: bool = False,
+        **args: Any,
+    ) -> None:
         settings = SchedulerArgs(**{"max_running_requests": 4, **args})
-        self.engine = FakeEngine(capacity_tokens, settings.max_running_requests)
+        self.engine = FakeEngine(
+            capacity_tokens, settings.max_running_requests, is_asynchronous=is_asynchronous
+        )
         self.mail = Mailbox()
         config = RuntimeConfig(scheduler=settings)
         engine: Any = self.engine
         box: Any = self.mail
-        grammars: Any = NoGrammars()
+        grammars: Any = FakeGrammars()
         self.scheduler = Scheduler(config, engine, grammars, box, box, context)
         self.scheduler.stream_interval = 0.0
 
@@ -144,13 +252,19 @@ class Harness:
         prompt: Sequence[int],
         max_new_tokens: int = 5,
         logprobs: LogprobOptions | None = None,
+        grammar: int | None = None,
         **fields: Any,
     ) -> None:
+        sampling = SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            grammar=None if grammar is None else Grammar("regex", str(grammar)),
+        )
         self.mail.inbound.append(
             GenerateRequest(
                 rid=rid,
                 input_ids=np.asarray(prompt, dtype="<i4").tobytes(),
-                sampling=SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0),
+                sampling=sampling,
                 logprobs=logprobs,
                 **fields,
             )

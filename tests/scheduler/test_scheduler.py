@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tca_runtime.engine.grammar import GrammarError
 from tca_runtime.messages import AbortRequest, Control, ControlReply, LogprobOptions
-from tests.scheduler.fakes import EOS, ROWS, Harness, expected_output
+from tests.scheduler.fakes import EOS, ROWS, CountingMatcher, Harness, expected_output
 
 
 @st.composite
@@ -196,7 +196,7 @@ def test_a_request_waits_for_its_grammar() -> None:
     request.grammar = future
     harness.scheduler._end_finished()
     future.set_result(SimpleNamespace(matcher=lambda: matcher))
-    matcher = SimpleNamespace(accept=lambda token: None, is_terminated=False)
+    matcher = CountingMatcher(100)
     assert all(c.request is not request for c in harness.scheduler.planner.plan().chunks)
     harness.scheduler._end_finished()
     assert request.sampling.matcher is matcher

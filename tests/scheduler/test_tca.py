@@ -33,6 +33,7 @@ class Server:
         host_gib: float = 0.0,
         chunk: int = 256,
         share: bool = True,
+        overlap: bool = False,
         **sparsity: Any,
     ) -> None:
         settings = {
@@ -50,6 +51,7 @@ class Server:
         )
         self.engine = Engine(config)
         sharpen(self.engine)
+        self.engine.is_asynchronous = overlap
         self.mail = Mailbox()
         box: Any = self.mail
         grammars: Any = NoGrammars()

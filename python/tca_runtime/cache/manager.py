@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tca_kernels.dispatch import upload
 from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.radix_tree import Namespace, PrefixMatch, RadixTree, Tokens
 from tca_runtime.cache.reclaim import CoreChooser, Reclaimer
@@ -116,7 +117,7 @@ class CacheManager:
     def extend(self, sequence: Sequence, num_tokens: int) -> Tensor:
         """Take slots for the next prompt tokens and show them: int32 ``[rows, num_tokens]``."""
         slots = self._take(sequence, num_tokens)
-        index = torch.tensor([sequence.view.index], device=self.views.arena.device)
+        index = upload(torch.tensor([sequence.view.index]), self.views.arena.device)
         self.views.advance([sequence.view], index, num_tokens)
         sequence.computed += num_tokens
         return slots
@@ -170,7 +171,8 @@ class CacheManager:
     def release(self, namespace: Namespace, sequence: Sequence, tokens: Tokens) -> None:
         """End a sequence: its computed tokens go to the tree, all other slots to the pool.
 
-        ``tokens``: the request's first ``sequence.computed`` ids; pass none to cache nothing.
+        ``tokens``: the request's first ids, at most ``sequence.computed``; what is beyond them is
+        not cached.
         """
         begin = sequence.handle.num_tokens
         if sequence.blocks:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tca_kernels.dispatch import upload
 from tca_runtime.attention.base import SlotLists
 from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.segments import SegmentAllocator
@@ -176,19 +177,19 @@ class ViewTable:
         np.cumsum(lengths[:-1] + headroom, out=start[1:])
         start += offset
         device = self.arena.device
-        self.start[index] = torch.from_numpy(start).to(device)
-        self.length[index] = torch.from_numpy(lengths.astype(np.int32)).to(device)
+        self.start[index] = upload(torch.from_numpy(start), device)
+        self.length[index] = upload(torch.from_numpy(lengths.astype(np.int32)), device)
         return start
 
     def _scatter(self, start: NDArray[np.int64], lengths: NDArray[np.int64], slots: Tensor) -> None:
-        begin = torch.from_numpy(start).to(self.arena.device)
+        begin = upload(torch.from_numpy(start), self.arena.device)
         self.arena[_flat_index(begin, lengths)] = slots
 
 
 def _flat_index(start: Tensor, lengths: NDArray[np.int64]) -> Tensor:
     """Arena indices of all entries of ragged rows, row after row."""
     total = int(lengths.sum())
-    shift = torch.from_numpy(lengths.cumsum() - lengths).to(start.device)
-    sizes = torch.from_numpy(lengths).to(start.device)
+    shift = upload(torch.from_numpy(lengths.cumsum() - lengths), start.device)
+    sizes = upload(torch.from_numpy(lengths), start.device)
     rows = torch.repeat_interleave(start - shift, sizes, output_size=total)
     return rows + torch.arange(total, device=start.device)

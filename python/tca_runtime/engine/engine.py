@@ -7,6 +7,7 @@ from collections.abc import Sequence as Many
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tca_runtime.attention.base import AttentionShape, AttentionStep, PrefillChunk
@@ -17,12 +18,13 @@ from tca_runtime.cache.views import ViewTable
 from tca_runtime.config import RuntimeConfig
 from tca_runtime.engine.graphs import DecodeGraphs
 from tca_runtime.engine.memory import host_pool, pool_tokens
-from tca_runtime.engine.output import collect_output
+from tca_runtime.engine.output import LaunchedStep
 from tca_runtime.engine.sampler import Sampler
 from tca_runtime.engine.step import ChunkInput, StepInput, StepOutput
+from tca_runtime.engine.upload import upload, upload_ints
 from tca_runtime.models.loader import load_model
 from tca_runtime.sparsity.batched import BatchedSelection
-from tca_runtime.sparsity.chooser import ChunkSelection, StepSelection
+from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, StepSelection
 from tca_runtime.sparsity.core import BudgetedCore
 from tca_runtime.sparsity.load import load_settings
 from tca_runtime.sparsity.settings import ModelIdentity
@@ -41,6 +43,7 @@ class Engine:
     cache : the slots of this device, to be planned by the scheduler
     sparsity : settings of selection, None for full attention
     model_config : sizes and special ids of the loaded model
+    is_asynchronous : whether a launched step computes while the host goes on
     """
 
     def __init__(self, config: RuntimeConfig) -> None:
@@ -85,41 +88,63 @@ class Engine:
         )
         self.backend = create_backend(config.attention.attention_backend, self.shape, pool.kv)
         self.sampler = Sampler(loaded.config.vocab_size, self.device)
+        self.is_asynchronous = self.device.type == "cuda"
+        # The newest token of every row of the view table; padding reads the last one.
+        self._token_buffer = torch.zeros(len(views.start), dtype=torch.int64, device=self.device)
         self._graphs: DecodeGraphs | None = None
         self._max_batch = config.scheduler.max_running_requests
         logger.info("KV pool: %d tokens, %d slots", tokens, pool.capacity)
 
-    @torch.inference_mode()
     def run(self, step: StepInput) -> StepOutput:
         """Compute one step: write K and V, sample the next tokens."""
+        return self.launch(step).result()
+
+    @torch.inference_mode()
+    def launch(self, step: StepInput) -> LaunchedStep:
+        """Queue one step, behind the steps launched before.
+
+        On a GPU nothing here waits for the device, except where the host must read a selection:
+        ``max_dropped_mass``, other policies than TCA, prefixes that are pruned.
+        """
         limit = self._graphs.max_batch if self._graphs is not None else 0
         if not step.chunks and 0 < len(step.decode) <= limit:
-            hidden = self._replay(step)
-            return collect_output(self.model, self.sampler, step, hidden, [])
+            hidden, places = self._replay(step)
+            return self._launched(step, hidden, [], places)
         work = [self._selection(chunk) for chunk in step.chunks]
         selection = self._chooser(step, work) if any(work) else None
         hidden = self._forward(step, selection)
         views = [selection.decode_view(i) if selection else None for i in range(len(work))]
-        return collect_output(self.model, self.sampler, step, hidden, views)
+        return self._launched(step, hidden, views)
 
     def warm_up(self) -> None:
         """Compile and capture what would be at first use, so that no request waits for it."""
         if self.backend.batches_selections and self.device.type == "cuda":
             with torch.inference_mode():
-                graphs = DecodeGraphs(self.model, self.backend, self.cache.views, self._max_batch)
+                graphs = DecodeGraphs(
+                    self.model, self.backend, self.cache.views, self._token_buffer, self._max_batch
+                )
                 graphs.capture()
             self._graphs = graphs
 
-    def _replay(self, step: StepInput) -> Tensor:
+    def _launched(
+        self,
+        step: StepInput,
+        hidden: Tensor,
+        views: Many[DecodeView | None],
+        places: Tensor | None = None,
+    ) -> LaunchedStep:
+        return LaunchedStep(
+            self.model, self.sampler, step, hidden, views, self._token_buffer, places
+        )
+
+    def _replay(self, step: StepInput) -> tuple[Tensor, Tensor]:
         assert self._graphs is not None
         sequences = [d.sequence for d in step.decode]
-        hidden = self._graphs.run(
-            [d.token for d in step.decode],
-            [s.computed for s in sequences],
-            [s.view.index for s in sequences],
+        replayed = self._graphs.run(
+            [s.computed for s in sequences], [s.view.index for s in sequences]
         )
         self.cache.note_step(sequences)
-        return hidden
+        return replayed
 
     def _chooser(
         self, step: StepInput, work: Many[ChunkSelection | None]
@@ -140,7 +165,8 @@ class Engine:
         self, step: StepInput, selection: StepSelection | BatchedSelection | None
     ) -> Tensor:
         num_decode = len(step.decode)
-        ids = [np.array([d.token for d in step.decode], dtype=np.int64)]
+        indices = self._indices([d.sequence.view.index for d in step.decode])
+        ids: list[NDArray[np.int64]] = []
         positions = [np.array([d.sequence.computed for d in step.decode], dtype=np.int64)]
         chunks: list[PrefillChunk] = []
         token_start = num_decode
@@ -155,16 +181,16 @@ class Engine:
                 PrefillChunk(token_start, size, begin, index, view.uniform_length, lengths)
             )
             token_start += size
-        attention = self.backend.begin(self._attention_step(step, chunks, selection))
-        return self.model.forward(
-            torch.from_numpy(np.concatenate(ids)).to(self.device),
-            torch.from_numpy(np.concatenate(positions)).to(self.device),
-            attention,
-        )
+        tokens = self._token_buffer[indices]
+        if ids:
+            tokens = torch.cat([tokens, self._upload(np.concatenate(ids))])
+        attention = self.backend.begin(self._attention_step(step, indices, chunks, selection))
+        return self.model.forward(tokens, self._upload(np.concatenate(positions)), attention)
 
     def _attention_step(
         self,
         step: StepInput,
+        indices: Tensor,
         chunks: Many[PrefillChunk],
         selection: StepSelection | BatchedSelection | None,
     ) -> AttentionStep:
@@ -172,13 +198,11 @@ class Engine:
         decode = prefill = None
         new_slots: list[Tensor] = []
         if step.decode:
-            indices = self._indices([d.sequence.view.index for d in step.decode])
             self.cache.step([d.sequence for d in step.decode], indices)
             decode = views.lists(indices)
             new_slots.append(views.last_slots(decode).transpose(0, 1))
         if step.chunks:
-            indices = self._indices([c.sequence.view.index for c in step.chunks])
-            prefill = views.lists(indices)
+            prefill = views.lists(self._indices([c.sequence.view.index for c in step.chunks]))
             heads = (self.shape.num_layers, self.shape.num_kv_heads, -1)
             new_slots += [c.slots.view(heads).transpose(1, 2) for c in step.chunks]
         return AttentionStep(
@@ -192,4 +216,7 @@ class Engine:
         )
 
     def _indices(self, indices: list[int]) -> Tensor:
-        return torch.tensor(indices, dtype=torch.int64, device=self.device)
+        return upload_ints(indices, self.device)
+
+    def _upload(self, array: NDArray[np.int64]) -> Tensor:
+        return upload(torch.from_numpy(array), self.device)

@@ -16,7 +16,7 @@ from tca_runtime.models.base import CausalLM
 BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 # Rows of the input table.
-_TOKENS, _POSITIONS, _VIEWS, _GROWTH = range(4)
+_POSITIONS, _VIEWS, _GROWTH = range(3)
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,26 @@ class DecodeGraphs:
 
     A graph shows one more prepared slot of each request's lists, runs the model, and leaves the
     hidden states. Smaller batches are padded with the view table's row that belongs to nobody.
-    All graphs read one input table, which one copy fills.
+    All graphs read one input table, which one copy fills, and the token buffer, which the sampler
+    fills: the host need not know the tokens.
     """
 
     def __init__(
-        self, model: CausalLM, backend: AttentionBackend, views: ViewTable, max_batch: int
+        self,
+        model: CausalLM,
+        backend: AttentionBackend,
+        views: ViewTable,
+        token_buffer: Tensor,
+        max_batch: int,
     ) -> None:
         self._model = model
         self._backend = backend
         self._views = views
+        self._token_buffer = token_buffer
         self._sizes = [n for n in BATCH_SIZES if n < max_batch]
         self._sizes += [n for n in BATCH_SIZES if n >= max_batch][:1]
-        largest = self._sizes[-1]
-        # Rewritten only after the previous step's tokens have reached the host.
-        self._staging = torch.zeros(4, largest, dtype=torch.int64).pin_memory()
-        self._inputs = torch.zeros_like(self._staging, device=views.arena.device)
+        shape = (3, self._sizes[-1])
+        self._inputs = torch.zeros(shape, dtype=torch.int64, device=views.arena.device)
         self._captured: dict[int, _Captured] = {}
 
     @property
@@ -53,7 +58,7 @@ class DecodeGraphs:
 
     def capture(self) -> None:
         """Capture all batch sizes; takes seconds."""
-        self._fill([], [], [])
+        self._fill([], [])
         pool = None
         for size in reversed(self._sizes):
             # The first run compiles kernels, which a capture may not.
@@ -68,22 +73,28 @@ class DecodeGraphs:
             pool = graph.pool()
             self._captured[size] = _Captured(graph, hidden)
 
-    def run(self, tokens: Sequence[int], positions: Sequence[int], views: Sequence[int]) -> Tensor:
-        """Hidden states ``[B, hidden]``, valid until the next run; ``views``: rows of the table."""
-        self._fill(tokens, positions, views)
-        captured = self._captured[next(n for n in self._sizes if n >= len(tokens))]
-        captured.graph.replay()
-        return captured.hidden[: len(tokens)]
+    def run(self, positions: Sequence[int], views: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[B, hidden]``, and ``views`` (rows of the table) on the device.
 
-    def _fill(self, tokens: Sequence[int], positions: Sequence[int], views: Sequence[int]) -> None:
-        table = self._staging.numpy()
-        table[:] = np.array([[0], [0], [self._views.padding_index], [0]])
-        count = len(tokens)
-        table[_TOKENS, :count] = tokens
+        Both are valid until the next run.
+        """
+        count = len(views)
+        self._fill(positions, views)
+        captured = self._captured[next(n for n in self._sizes if n >= count)]
+        captured.graph.replay()
+        return captured.hidden[:count], self._inputs[_VIEWS, :count]
+
+    def _fill(self, positions: Sequence[int], views: Sequence[int]) -> None:
+        # A buffer per run: the last run's may not have been read yet. The allocator of pinned
+        # memory hands one out again only after the copies from it are done.
+        staging = torch.empty(self._inputs.shape, dtype=torch.int64, pin_memory=True)
+        table = staging.numpy()
+        table[:] = np.array([[0], [self._views.padding_index], [0]])
+        count = len(views)
         table[_POSITIONS, :count] = positions
         table[_VIEWS, :count] = views
         table[_GROWTH, :count] = 1
-        self._inputs.copy_(self._staging, non_blocking=True)
+        self._inputs.copy_(staging, non_blocking=True)
 
     def _forward(self, size: int) -> Tensor:
         inputs, table = self._inputs[:, :size], self._views
@@ -100,4 +111,4 @@ class DecodeGraphs:
             new_slots=table.last_slots(lists).transpose(0, 1),
         )
         attention = self._backend.begin(step)
-        return self._model.forward(inputs[_TOKENS], inputs[_POSITIONS], attention)
+        return self._model.forward(self._token_buffer[views], inputs[_POSITIONS], attention)

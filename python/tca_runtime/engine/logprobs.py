@@ -6,7 +6,7 @@ They are those of temperature 1 before any penalty, bias, filter or grammar.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tca_runtime.engine.step import LogprobWish, PositionLogprobs
-from tca_runtime.engine.upload import upload
+from tca_runtime.engine.upload import download, upload
 
 # Bounds the logits of a long prompt that exist at one time.
 PROMPT_SLICE = 256
@@ -22,7 +22,7 @@ PROMPT_SLICE = 256
 
 @dataclass(frozen=True)
 class PendingLogprobs:
-    """Results on the device, and how to read them.
+    """Results as the device computes them, and how to read them.
 
     Attributes
     ----------
@@ -37,8 +37,12 @@ class PendingLogprobs:
     num_top: int
     wishes: Sequence[LogprobWish]
 
+    def download(self) -> PendingLogprobs:
+        """The same on the host, to be read once the stream has got there."""
+        return replace(self, ids=download(self.ids), values=download(self.values))
+
     def entries(self) -> list[PositionLogprobs]:
-        """Wait for the device and convert, one entry per row.
+        """Convert, one entry per row.
 
         ``top`` lists a row's ``top_k`` best tokens, best first, then the ids it asked for, in
         its order.
@@ -86,7 +90,7 @@ def prompt_logprobs(
     hidden: Tensor,
     targets: NDArray[np.int32],
     wish: LogprobWish,
-) -> list[PositionLogprobs]:
+) -> list[PendingLogprobs]:
     """Logprobs of prompt tokens, a slice of positions at a time.
 
     Parameters
@@ -96,10 +100,9 @@ def prompt_logprobs(
     targets : N token ids
     """
     ids = upload(torch.from_numpy(targets.astype(np.int64)), hidden.device)
-    pending = [
+    return [
         token_logprobs(project(states), part, [wish] * len(part))
         for states, part in zip(
             torch.split(hidden, PROMPT_SLICE), torch.split(ids, PROMPT_SLICE), strict=True
         )
     ]
-    return [entry for part in pending for entry in part.entries()]

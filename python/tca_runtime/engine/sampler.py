@@ -34,7 +34,7 @@ class RowSampling:
     Attributes
     ----------
     matcher : the request's grammar, if it has one; set before its first draw
-    num_output : tokens drawn and accepted so far
+    num_drawn : tokens drawn so far; the host may not know the last ones yet
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class RowSampling:
         self.prompt_ids = prompt_ids
         self.stop_ids = sorted(eos_ids.union(params.stop_token_ids))
         self.matcher: GrammarMatcher | None = None
-        self.num_output = 0
+        self.num_drawn = 0
 
     @property
     def position(self) -> int:
         """Absolute position of the next token."""
-        return len(self.prompt_ids) + self.num_output
+        return len(self.prompt_ids) + self.num_drawn
 
     @property
     def is_penalised(self) -> bool:
@@ -63,14 +63,13 @@ class RowSampling:
         return (p.repetition_penalty, p.frequency_penalty, p.presence_penalty) != (1.0, 0.0, 0.0)
 
     def accept(self, token: int) -> None:
-        """Advance by the token that was drawn.
+        """Let the grammar follow the token that was drawn; must precede the next draw.
 
         Raises
         ------
         GrammarError
             When the grammar does not allow it, as happens where a grammar allows no token at all.
         """
-        self.num_output += 1
         if self.matcher is not None:
             self.matcher.accept(token)
 
@@ -176,7 +175,7 @@ class Sampler:
         return self._counts.num_rows
 
     def sample(self, logits: Tensor, rows: Sequence[RowSampling]) -> Tensor:
-        """Draw the next token of each row.
+        """Draw the next token of each row, and advance the rows by it.
 
         The draw is a function of the row's logits, settings, seed and position alone. Order:
         grammar, penalties, logit bias, minimum length, temperature, top-k, top-p, min-p.
@@ -195,6 +194,8 @@ class Sampler:
         tokens = self._draw(logits, batch.draws)
         if batch.penalties is not None:
             self._counts.record(batch.penalties.counts, tokens[batch.penalties.index])
+        for row in rows:
+            row.num_drawn += 1
         return tokens
 
     def batch(self, rows: Sequence[RowSampling]) -> SamplingBatch:
@@ -278,7 +279,7 @@ class Sampler:
         entries = [
             (i, token, len(row.prompt_ids) + row.params.min_new_tokens)
             for i, row in enumerate(rows)
-            if row.num_output < row.params.min_new_tokens
+            if row.num_drawn < row.params.min_new_tokens
             for token in row.stop_ids
         ]
         if not entries:

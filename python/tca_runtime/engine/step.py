@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -24,10 +25,9 @@ class LogprobWish:
 
 @dataclass(frozen=True)
 class DecodeInput:
-    """One running request: feed its newest token."""
+    """One running request: feed the token that its last step drew, which only the engine knows."""
 
     sequence: Sequence
-    token: int
     sampling: RowSampling
     logprobs: LogprobWish | None = None
 
@@ -84,7 +84,7 @@ class StepOutput:
     chunk_tokens : one per chunk, None where the chunk did not sample
     decode_logprobs, chunk_logprobs : of those tokens, None where not wanted
     prompt_logprobs : per chunk, one entry per prompt target
-    decode_views : per chunk, the view its request should decode with; None for everything
+    dropped_mass : per chunk, of its decode view; None without one
     """
 
     decode_tokens: list[int]
@@ -92,4 +92,28 @@ class StepOutput:
     decode_logprobs: list[PositionLogprobs | None]
     chunk_logprobs: list[PositionLogprobs | None]
     prompt_logprobs: list[list[PositionLogprobs]]
-    decode_views: list[DecodeView | None]
+    dropped_mass: list[float | None]
+
+
+class PendingStep(Protocol):
+    """A step that was launched. Its tokens come later.
+
+    What decides memory is known at once: budgets fix how long views are, so the cache can be
+    planned on while the device computes.
+    """
+
+    @property
+    def decode_views(self) -> Many[DecodeView | None]:
+        """Per chunk, the view its request should decode with; None for everything."""
+        ...
+
+    def sample(self) -> None:
+        """Draw the tokens if that had to wait for the host to see those of the step before.
+
+        Must be called before the next step is launched.
+        """
+        ...
+
+    def result(self) -> StepOutput:
+        """Wait for the device and return everything."""
+        ...

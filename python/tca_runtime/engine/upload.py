@@ -1,4 +1,4 @@
-"""Host values to the device without waiting for it."""
+"""Values between host and device without waiting for the device."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def download(tensor: Tensor) -> Tensor:
+    """Copy to the host; on CUDA into pinned memory, valid once the stream has got there."""
+    return tensor.to("cpu", non_blocking=True)
 
 
 def upload_ints(values: Sequence[int], device: torch.device) -> Tensor:

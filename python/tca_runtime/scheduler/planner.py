@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +46,17 @@ class StepPlan:
     def is_empty(self) -> bool:
         return not self.decode and not self.chunks
 
+    @property
+    def requests(self) -> list[Request]:
+        """Whose slots the step reads and writes."""
+        return [*self.decode, *(chunk.request for chunk in self.chunks)]
+
 
 class StepPlanner:
     """Continuous batching over one cache.
 
-    A request is waiting, then prefilling, then running. Prefilling ones take a shared budget of
+    A request is waiting, then prefilling, then running; one that ended is leaving until no step
+    in flight uses its slots. Prefilling ones take a shared budget of
     tokens per step. Slots are taken when a chunk is planned, not at admission; when they run out,
     the newest request is retracted: its tokens go to the tree (evictable), it waits again, and it
     resumes from what is still cached.
@@ -61,18 +68,25 @@ class StepPlanner:
         self.waiting = WaitingQueue(args.schedule_policy)
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
+        self.leaving: list[Request] = []
         self.num_retractions = 0
 
     @property
     def is_idle(self) -> bool:
-        return not (self.waiting or self.prefilling or self.running)
+        return not (self.waiting or self.prefilling or self.running or self.leaving)
 
     def active(self) -> list[Request]:
-        """Every request the scheduler knows."""
+        """Every request that has not ended."""
         return [*self.waiting, *self.prefilling, *self.running]
 
-    def plan(self) -> StepPlan:
-        """Choose and allocate the next step."""
+    def plan(self, may_retract: bool = True) -> StepPlan:
+        """Choose and allocate the next step.
+
+        While a step is in flight its requests must not be retracted. The plan is empty then where
+        one would have to give way: the caller plans again when that step has been consumed.
+        """
+        if not may_retract and not self._reserve():
+            return StepPlan([], [])
         chunks: list[PlannedChunk] = []
         decode: list[Request] = []
         self._plan_refresh(chunks)
@@ -84,7 +98,8 @@ class StepPlanner:
         self._admit(budget, chunks)
         if not chunks and not decode and self.running:
             decode = self._plan_decode()
-        if not chunks and not decode and any(r.finish is None for r in self.prefilling):
+        stuck = not chunks and not decode and any(r.finish is None for r in self.prefilling)
+        if stuck and may_retract:
             # Half-computed prompts block one another: the newest gives way.
             self._retract(max(self.prefilling, key=lambda r: r.arrival))
         return StepPlan(decode, chunks)
@@ -94,33 +109,44 @@ class StepPlanner:
         self.prefilling.remove(request)
         self.running.append(request)
 
-    def remove(self, requests: set[Request]) -> None:
-        """Forget ended requests; what they hold in the cache is not touched."""
-        self.waiting.remove(requests)
-        self.prefilling = [r for r in self.prefilling if r not in requests]
-        self.running = [r for r in self.running if r not in requests]
+    def leave(self, ended: list[Request]) -> None:
+        """Plan these requests no more; what they hold stays theirs until ``release_left``."""
+        gone = set(ended)
+        self.waiting.remove(gone)
+        self.prefilling = [r for r in self.prefilling if r not in gone]
+        self.running = [r for r in self.running if r not in gone]
+        self.leaving += ended
 
-    def release(self, request: Request) -> None:
+    def release_left(self, in_flight: Collection[Request]) -> None:
+        """Let requests go that ended and are in no step in flight."""
+        for request in self.leaving:
+            if request not in in_flight:
+                self._release(request)
+        self.leaving = [r for r in self.leaving if r in in_flight]
+
+    def _release(self, request: Request) -> None:
         """Give back what the request holds; its computed tokens stay cached."""
         if request.sequence is not None:
-            tokens = request.tokens[: request.sequence.computed]
-            self._cache.release(request.namespace, request.sequence, tokens)
+            self._cache.release(request.namespace, request.sequence, request.cacheable)
             request.sequence = None
 
+    def _decoding(self) -> list[Request]:
+        return [r for r in self.running if r.can_decode]
+
+    def _reserve(self) -> bool:
+        return self._cache.reserve([r.sequence for r in self._decoding() if r.sequence])
+
     def _plan_decode(self) -> list[Request]:
-        while self.running:
-            sequences = [r.sequence for r in self.running if r.sequence is not None]
-            if self._cache.reserve(sequences):
-                break
+        while self.running and not self._reserve():
             self._retract(max(self.running, key=lambda r: r.arrival))
-        return list(self.running)
+        return self._decoding()
 
     def _plan_refresh(self, chunks: list[PlannedChunk]) -> None:
         """Turn the next step of requests whose view is outdated into a short prefill.
 
         The latest tokens are computed again as a last chunk, whose queries select a new view.
         """
-        for request in [r for r in self.running if r.needs_refresh]:
+        for request in [r for r in self.running if r.needs_refresh and not r.num_pending]:
             assert request.sequence is not None and request.sparsity is not None
             owned = request.sequence.computed - request.sequence.handle.num_tokens
             count = min(request.sparsity.settings.probes, owned + 1)
@@ -148,7 +174,8 @@ class StepPlanner:
         return count
 
     def _admit(self, budget: int, chunks: list[PlannedChunk]) -> None:
-        room = self._args.max_running_requests - len(self.running) - len(self.prefilling)
+        taken = len(self.running) + len(self.prefilling) + len(self.leaving)
+        room = self._args.max_running_requests - taken
         if not len(self.waiting) or room <= 0 or budget <= 0:
             return
         admitted: set[Request] = set()
@@ -209,7 +236,7 @@ class StepPlanner:
 
     def _retract(self, request: Request) -> None:
         logger.info("retracting %s: out of KV slots", request.rid)
-        self.release(request)
+        self._release(request)
         if request in self.running:
             self.running.remove(request)
         else:

@@ -22,12 +22,14 @@ class Request:
     """A prompt, its output so far, and its hold on the cache.
 
     ``tokens[: num_tokens]`` is prompt + output. K and V of the newest sampled token are not
-    computed before the next step, so a running request has ``sequence.computed == num_tokens - 1``.
+    computed before the next step, so a running request has ``sequence.computed == num_tokens - 1``
+    plus ``num_pending``.
 
     Attributes
     ----------
     arrival : order of arrival; a retracted request keeps it
     max_new_tokens : what the client asked for, limited by context and cache
+    num_pending : tokens that launched steps draw and the host has not seen yet
     finish : set once the request must end; one place in the scheduler acts on it
     sequence : hold on the cache, None while waiting
     skipped : admissions that passed this request by
@@ -43,6 +45,7 @@ class Request:
     tokens: Tokens
     num_prompt: int
     num_tokens: int
+    num_pending: int = 0
     namespace: Namespace = Namespace()
     sparsity: RequestSparsity | None = None
     finish: FinishReason | None = None
@@ -116,13 +119,35 @@ class Request:
         """Whether so many tokens were generated that the decode view is to be selected anew."""
         if self.sparsity is None or self.selected_at is None:
             return False
-        return self.num_tokens - self.selected_at >= self.sparsity.settings.refresh
+        drawn = self.num_tokens + self.num_pending
+        return drawn - self.selected_at >= self.sparsity.settings.refresh
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether the next step may draw a token for this running request.
+
+        Not if what is on its way is the last one; nor before a refresh, which needs to know it.
+        """
+        if self.num_output + self.num_pending >= self.max_new_tokens:
+            return False
+        return not (self.num_pending and self.needs_refresh)
 
     def is_due(self, now: float, interval: float) -> bool:
         """Whether the client should be told of its new tokens now; the first never wait."""
         if self.num_sent == 0:
             return True
         return self.message.incremental and now - self.sent_at >= interval
+
+    @property
+    def cacheable(self) -> Tokens:
+        """Computed tokens, without the last one drawn.
+
+        A step launched before the request was known to end may have computed that too. Leaving it
+        out makes the cache independent of such luck.
+        """
+        assert self.sequence is not None
+        known = self.num_tokens - 1 if self.num_output else self.num_tokens
+        return self.tokens[: min(self.sequence.computed, known)]
 
     def append(self, token: int) -> None:
         self.tokens[self.num_tokens] = token

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tca_runtime.channels import Receiver, Sender
@@ -12,9 +13,9 @@ from tca_runtime.engine.grammar import GrammarCompiler, GrammarError
 from tca_runtime.engine.step import (
     ChunkInput,
     DecodeInput,
+    PendingStep,
     PositionLogprobs,
     StepInput,
-    StepOutput,
 )
 from tca_runtime.messages import (
     AbortRequest,
@@ -50,11 +51,27 @@ SLOTS_CHECK_SECONDS = 60.0
 GRAMMAR_POLL_MS = 5
 
 
+@dataclass(frozen=True)
+class LaunchedPlan:
+    """A step on its way through the device."""
+
+    plan: StepPlan
+    step: PendingStep
+    started: float
+
+
 class Scheduler:
     """Owns every request between its message and its terminal reply.
 
-    A request ends in one place, ``_end``: finishing, failing and aborting only set
-    ``Request.finish``, which is acted on when no step is in flight.
+    On a GPU two steps overlap: step n + 1 is planned and launched while the device computes step
+    n, then the tokens of step n are consumed. That works because nothing but the end of a request
+    depends on which tokens were drawn: the next step finds them on the device, and slots and views
+    have lengths that the host knows. So memory changes hands when a step is launched (``_launch``)
+    and tokens when it is consumed (``_consume``).
+
+    A request that ended may still be in the step launched before that was known: what is drawn
+    for it is dropped, and it leaves its slots when that step has been consumed. A request ends in
+    one place, ``_end_finished``: finishing, failing and aborting only set ``Request.finish``.
     """
 
     def __init__(
@@ -85,22 +102,26 @@ class Scheduler:
             drops=self._retention != "never",
         )
         self._control = ControlHandler(self, engine)
+        self._overlap = engine.is_asynchronous and not config.scheduler.disable_overlap
+        self._in_flight: LaunchedPlan | None = None
+        self._consumed_at = 0.0
         self._last_heartbeat = 0.0
         self.stream_interval = STREAM_INTERVAL
         self._idle_since = time.monotonic()
         self._checked = 2
 
     def run_once(self) -> None:
-        """One iteration: messages in, at most one step, replies out."""
+        """One iteration: messages in, at most one step launched, replies of the last one out."""
         for message in self._inbox.drain(self._patience()):
             self._handle(message)
         self._end_finished()
-        plan = self.planner.plan()
-        if not plan.is_empty:
-            started = time.perf_counter()
-            output = self.engine.run(self._step_input(plan))
-            self._consume(plan, output)
-            self._control.record_step(plan, time.perf_counter() - started)
+        previous, self._in_flight = self._in_flight, self._launch()
+        if previous is not None:
+            self._consume(previous)
+        if self._in_flight is not None:
+            self._in_flight.step.sample()
+            if not self._overlap:
+                self._settle()
         self._idle_check()
         self._beat()
 
@@ -113,7 +134,7 @@ class Scheduler:
         if self.planner.is_idle:
             return IDLE_POLL_MS
         waiting = any(r.grammar is None for r in self.planner.waiting)
-        computing = waiting or self.planner.running or self.planner.prefilling
+        computing = waiting or self.planner.running or self.planner.prefilling or self._in_flight
         return 0 if computing else GRAMMAR_POLL_MS
 
     def _handle(self, message: ToScheduler) -> None:
@@ -124,6 +145,7 @@ class Scheduler:
                 if not message.rid or request.rid == message.rid:
                     request.finish = FinishReason("abort", message="aborted", status=499)
         elif isinstance(message, Control):
+            self._settle()
             self._outbox.send(self._control.handle(message))
 
     def _accept(self, message: GenerateRequest) -> None:
@@ -135,12 +157,33 @@ class Scheduler:
             request.grammar = self._grammars.submit(message.sampling.grammar)
         self.planner.waiting.add(request)
 
+    def _launch(self) -> LaunchedPlan | None:
+        """Plan a step and start it; None when there is nothing to compute.
+
+        Requests whose prompt it completes decode in the next step already.
+        """
+        plan = self.planner.plan(may_retract=self._in_flight is None)
+        if plan.is_empty:
+            return None
+        started = time.perf_counter()
+        step = self.engine.launch(self._step_input(plan))
+        for request in plan.decode:
+            request.num_pending += 1
+        for chunk, view in zip(plan.chunks, step.decode_views, strict=True):
+            request = chunk.request
+            if chunk.end == request.num_tokens:
+                assert request.sequence is not None
+                self.engine.cache.commit(request.namespace, request.sequence, request.all_tokens)
+                self._show(request, view)
+                self.planner.prefilled(request)
+                request.num_pending += request.max_new_tokens > 0
+        return LaunchedPlan(plan, step, started)
+
     def _step_input(self, plan: StepPlan) -> StepInput:
         decode = []
         for request in plan.decode:
             assert request.sequence is not None
-            token = int(request.tokens[request.num_tokens - 1])
-            decode.append(DecodeInput(request.sequence, token, request.sampling, request.wish))
+            decode.append(DecodeInput(request.sequence, request.sampling, request.wish))
         return StepInput(decode, [self._chunk_input(chunk) for chunk in plan.chunks])
 
     def _chunk_input(self, chunk: PlannedChunk) -> ChunkInput:
@@ -164,54 +207,46 @@ class Scheduler:
             ends_prompt=chunk.end == request.num_tokens,
         )
 
-    def _consume(self, plan: StepPlan, output: StepOutput) -> None:
-        changed: list[Request] = []
+    def _settle(self) -> None:
+        """Consume the step in flight, if there is one."""
+        if self._in_flight is not None:
+            launched, self._in_flight = self._in_flight, None
+            self._consume(launched)
+
+    def _consume(self, launched: LaunchedPlan) -> None:
+        """Wait for a step's tokens, hand them out, reply."""
+        plan, output = launched.plan, launched.step.result()
+        self._record(launched)
         for request, token, entry in zip(
             plan.decode, output.decode_tokens, output.decode_logprobs, strict=True
         ):
             self._append(request, token, entry)
-            changed.append(request)
-        for chunk, sampled, entry, prompt, view in zip(
+        for chunk, sampled, entry, prompt, view, mass in zip(
             plan.chunks,
             output.chunk_tokens,
             output.chunk_logprobs,
             output.prompt_logprobs,
-            output.decode_views,
+            launched.step.decode_views,
+            output.dropped_mass,
             strict=True,
         ):
             request = chunk.request
             request.prompt_logprobs += prompt
-            if chunk.end < request.num_tokens:
-                continue
-            assert request.sequence is not None
-            self.engine.cache.commit(request.namespace, request.sequence, request.all_tokens)
-            self._show(request, view)
-            self.planner.prefilled(request)
-            if sampled is None:
-                request.finish = FinishReason("length", length=0)
-            else:
+            if view is not None:
+                report = {"dropped_mass": mass, "retention": self._retention}
+                request.tca = {**view.report, **report}
+            if sampled is not None:
                 self._append(request, sampled, entry)
-            changed.append(request)
-        now = time.monotonic()
-        going = [r for r in changed if r.finish is None and r.is_due(now, self.stream_interval)]
-        for request in going:
-            request.sent_at = now
-        if going:
-            self._outbox.send(TokenBatch(outputs=[take_output(r) for r in going]))
+            elif chunk.end == request.num_tokens and request.finish is None:
+                request.finish = FinishReason("length", length=0)
+        self._stream(plan.requests)
         self._end_finished()
 
-    def _show(self, request: Request, view: DecodeView | None) -> None:
-        """Let a request decode with the view that its prompt's last chunk selected."""
-        if view is None or request.sequence is None:
-            return
-        cache = self.engine.cache
-        cache.show(request.sequence, view.lengths, view.slots)
-        if self._retention == "immediate":
-            cache.prune(request.sequence, view.lists, view.keep)
-        request.selected_at = request.num_tokens
-        request.tca = {**view.report, "retention": self._retention}
-
     def _append(self, request: Request, token: int, entry: PositionLogprobs | None) -> None:
+        request.num_pending -= 1
+        if request.finish is not None:
+            # Known to have ended only after this step was launched.
+            return
         request.append(token)
         try:
             request.sampling.accept(token)
@@ -222,16 +257,54 @@ class Scheduler:
         if request.finish is None:
             request.finish = check_finish(request, self._eos_ids)
 
-    def _end_finished(self) -> None:
-        """The one place where requests leave: release, forget, terminal reply."""
-        self._check_grammars()
-        ended = {r for r in self.planner.active() if r.finish is not None}
-        if not ended:
+    def _show(self, request: Request, view: DecodeView | None) -> None:
+        """Let a request decode with the view that its prompt's last chunk selected."""
+        if view is not None or request.selected_at is not None:
+            # A refresh that found nothing to select from is not tried again at once.
+            request.selected_at = request.num_tokens
+        if view is None or request.sequence is None:
             return
-        self.planner.remove(ended)
-        for request in ended:
-            self.planner.release(request)
-        self._outbox.send(TokenBatch(outputs=[take_output(r) for r in ended]))
+        cache = self.engine.cache
+        cache.show(request.sequence, view.lengths, view.slots)
+        if self._retention == "immediate":
+            cache.prune(request.sequence, view.lists, view.keep)
+
+    def _stream(self, requests: list[Request]) -> None:
+        """Tell clients of new tokens, those whose request goes on."""
+        now = time.monotonic()
+        due = [
+            r
+            for r in requests
+            if r.finish is None
+            and r.num_sent < r.num_output
+            and r.is_due(now, self.stream_interval)
+        ]
+        for request in due:
+            request.sent_at = now
+        if due:
+            self._outbox.send(TokenBatch(outputs=[take_output(r) for r in due]))
+
+    def _record(self, launched: LaunchedPlan) -> None:
+        """Count a step: the time since the last one ended, and tokens that are not dropped."""
+        now = time.perf_counter()
+        seconds = now - max(launched.started, self._consumed_at)
+        self._consumed_at = now
+        going = [r for r in launched.plan.decode if r.finish is None]
+        self._control.record_step(StepPlan(going, launched.plan.chunks), seconds)
+
+    def _end_finished(self) -> None:
+        """The one place where requests end: terminal reply, then release.
+
+        What a step in flight still reads and writes is released when it has been consumed.
+        """
+        self._check_grammars()
+        ended = [r for r in self.planner.active() if r.finish is not None]
+        if ended:
+            self.planner.leave(ended)
+            self._outbox.send(TokenBatch(outputs=[take_output(r) for r in ended]))
+        if self.planner.leaving:
+            busy = self._in_flight.plan.requests if self._in_flight is not None else []
+            self.planner.release_left(set(busy))
 
     def _check_grammars(self) -> None:
         """Hand compiled grammars to their requests; a broken one is its client's mistake."""

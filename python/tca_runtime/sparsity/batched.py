@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tca_kernels.dispatch import upload
 from tca_kernels.gather import ViewSlots, view_slots
 from tca_kernels.score import probe_scores
 from tca_kernels.select import Selection, block_scores, select
@@ -101,7 +102,7 @@ class BatchedChunk:
             return self._view(scores, ranking, budget)
         for ratio in rungs(self._block):
             view = self._view(scores, ranking, budget.at_ratio(ratio))
-            if view.report["dropped_mass"] <= request.max_dropped_mass:
+            if float(view.dropped_mass) <= request.max_dropped_mass:
                 break
         return view
 
@@ -158,18 +159,18 @@ class BatchedChunk:
             slots=view.slots,
             lists=lists,
             keep=self._kept(chosen),
+            dropped_mass=chosen.dropped_mass.mean(),
             report={
                 "kept_ratio": len(view.slots) / lists.num_slots,
-                "dropped_mass": float(chosen.dropped_mass.mean()),
                 "probes": self._probes,
             },
         )
 
     def _kept(self, chosen: Selection) -> Tensor:
-        keep = torch.ones(self._shape.rows, self._num_tokens, dtype=torch.bool)
-        keep = keep.to(chosen.indices.device)
+        device = chosen.indices.device
+        keep = torch.ones(self._shape.rows, self._num_tokens, dtype=torch.bool, device=device)
         keep[:, : self._num_decode] = False
-        sizes = chosen.indptr.diff().to(keep.device)
+        sizes = upload(chosen.indptr.diff(), device)
         begins = torch.repeat_interleave(
             self._start.flatten(), sizes, output_size=chosen.indices.numel()
         )

@@ -86,13 +86,15 @@ class DecodeView:
     lengths : int64 ``[rows]``
     slots : int32 ``[sum(lengths)]``
     lists, keep : what was selected from, and which of its entries stay
-    report : what clients are told
+    dropped_mass : scalar on the device, the mean over rows of the attention mass not kept
+    report : what else clients are told
     """
 
     lengths: np.ndarray[Any, np.dtype[np.int64]]
     slots: Tensor
     lists: HeadSlots
     keep: Tensor
+    dropped_mass: Tensor
     report: dict[str, Any]
 
 
@@ -149,7 +151,7 @@ class StepSelection:
             return self._view(work, decode)
         for ratio in rungs(decode.block):
             view = self._view(work, decode.at_ratio(ratio))
-            if view.report["dropped_mass"] <= limit:
+            if float(view.dropped_mass) <= limit:
                 break
         return view
 
@@ -167,9 +169,9 @@ class StepSelection:
             slots=slots,
             lists=work.lists,
             keep=torch.cat([c.keep for c in chosen]),
+            dropped_mass=torch.cat([c.dropped_mass for c in chosen]).mean(),
             report={
                 "kept_ratio": len(slots) / work.lists.num_slots,
-                "dropped_mass": float(torch.cat([c.dropped_mass for c in chosen]).mean()),
                 "probes": work.scored[0][0].probes.shape[0],
             },
         )

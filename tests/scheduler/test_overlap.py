@@ -1,0 +1,260 @@
+"""Two steps at once: the same answers as one at a time, and no slot changes hands too early."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tca_runtime.messages import (
+    AbortRequest,
+    Control,
+    ControlReply,
+    FinishReason,
+    GenerateRequest,
+    LogprobOptions,
+)
+from tca_runtime.sampling_params import SamplingParams
+from tests.scheduler.fakes import EOS, ROWS, VOCAB, Harness, expected_output
+from tests.scheduler.test_tca import Server, prompt
+
+
+class Work(NamedTuple):
+    """One request of a workload; ``abort`` is the iteration of its abort."""
+
+    arrival: int
+    prompt: list[int]
+    max_new: int
+    abort: int | None
+    grammar: int | None
+
+
+work = st.builds(
+    Work,
+    arrival=st.integers(0, 20),
+    prompt=st.lists(st.integers(1, 3), min_size=1, max_size=20),
+    max_new=st.integers(0, 30),
+    abort=st.none() | st.integers(0, 60),
+    grammar=st.none() | st.none() | st.integers(1, 8),
+)
+
+
+def serve(workload: list[Work], is_asynchronous: bool, **args: Any) -> Harness:
+    harness = Harness(is_asynchronous=is_asynchronous, **args)
+    for step in range(61):
+        for i, request in enumerate(workload):
+            if request.arrival == step:
+                harness.submit(f"r{i}", request.prompt, request.max_new, grammar=request.grammar)
+            if request.abort == step:
+                harness.mail.inbound.append(AbortRequest(rid=f"r{i}"))
+        harness.scheduler.run_once()
+        harness.engine.cache.check()
+    harness.run(2000)
+    return harness
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    workload=st.lists(work, min_size=1, max_size=8),
+    capacity=st.integers(51, 90) | st.just(400),
+    chunk=st.sampled_from([1, 3, 16, 64]),
+    mixed=st.booleans(),
+)
+def test_overlap_changes_no_answer(
+    workload: list[Work], capacity: int, chunk: int, mixed: bool
+) -> None:
+    args = {"capacity_tokens": capacity, "chunked_prefill_size": chunk, "mixed_batches": mixed}
+    one, two = (serve(workload, overlap, **args) for overlap in (False, True))
+    assert one.engine.deepest <= 1 and two.engine.deepest <= 2
+    for i, request in enumerate(workload):
+        rid, expected = f"r{i}", expected_output(request.prompt, request.max_new)
+        finish, tokens = two.finish(rid), two.tokens(rid)
+        if finish.type == "abort":
+            assert request.abort is not None
+            assert tokens == expected[: len(tokens)]
+        elif one.finish(rid).type != "abort":
+            assert (tokens, finish) == (one.tokens(rid), one.finish(rid))
+        if request.grammar is None and finish.type != "abort":
+            assert tokens == expected
+    usage = two.engine.cache.usage()
+    assert usage.running_slots == 0
+    if capacity == 400 and not any(r.abort is not None for r in workload):
+        assert usage == one.engine.cache.usage()
+
+
+def long_prompts(length: int) -> list[list[int]]:
+    """Prompts that do not draw the end token within ``length`` tokens."""
+    candidates = ([i] * 10 for i in range(1, VOCAB))
+    return [p for p in candidates if len(expected_output(p, length)) == length]
+
+
+def test_the_next_step_is_launched_before_the_last_one_is_read() -> None:
+    harness = Harness(is_asynchronous=True)
+    harness.submit("a", long_prompts(12)[0], 12)
+    harness.scheduler.run_once()
+    assert harness.outputs("a") == []
+    for read in range(1, 12):
+        harness.scheduler.run_once()
+        assert len(harness.tokens("a")) == read
+        assert len(harness.engine.steps) == read + 1
+    harness.run()
+    assert harness.engine.deepest == 2
+
+
+def test_a_length_limit_costs_no_step() -> None:
+    harness = Harness(is_asynchronous=True)
+    prompts = long_prompts(9)
+    for i, length in enumerate((1, 2, 9)):
+        harness.submit(f"r{i}", prompts[i], length)
+    harness.run()
+    assert sum(len(step.decode) for step in harness.engine.steps) == 0 + 1 + 8
+    assert [len(harness.tokens(f"r{i}")) for i in range(3)] == [1, 2, 9]
+
+
+def ending_prompt() -> list[int]:
+    """A prompt whose output ends with the end token, some way in."""
+    return next(
+        p for p in ([i, i] for i in range(1, VOCAB)) if 3 < len(expected_output(p, 60)) < 60
+    )
+
+
+def test_what_is_drawn_after_the_end_is_dropped_and_not_cached() -> None:
+    text = ending_prompt()
+    expected = expected_output(text, 60)
+    harness = Harness(is_asynchronous=True)
+    harness.submit("a", text, 60)
+    harness.run()
+    assert harness.tokens("a") == expected and expected[-1] == EOS
+    assert sum(len(step.decode) for step in harness.engine.steps) == len(expected)
+    assert harness.engine.cache.usage().tree_slots == (len(text) + len(expected) - 1) * ROWS
+    assert harness.scheduler.state()["generation_tokens_total"] == len(expected)
+
+
+def test_an_abort_is_answered_at_once_and_releases_when_the_step_has_ended() -> None:
+    harness = Harness(is_asynchronous=True, capacity_tokens=200)
+    texts = long_prompts(30)
+    harness.submit("a", texts[0], 30)
+    harness.submit("b", texts[1], 30)
+    for _ in range(5):
+        harness.scheduler.run_once()
+    planner = harness.scheduler.planner
+    sequence = planner.running[0].sequence
+    harness.mail.inbound.append(AbortRequest(rid="a"))
+    for message in harness.scheduler._inbox.drain():
+        harness.scheduler._handle(message)
+    harness.scheduler._end_finished()
+    assert harness.finish("a").type == "abort"
+    [leaving] = planner.leaving
+    assert leaving.sequence is sequence is not None
+    seen = len(harness.tokens("a"))
+    harness.scheduler.run_once()
+    assert leaving.sequence is None and not planner.leaving
+    harness.run()
+    assert len(harness.tokens("a")) == seen
+    assert harness.tokens("b") == expected_output(texts[1], 30)
+
+
+def test_nothing_in_flight_is_retracted() -> None:
+    """The fake device would find slots that were freed under a running step."""
+    prompts = long_prompts(90)
+    harness = Harness(capacity_tokens=110, is_asynchronous=True)
+    for i in range(3):
+        harness.submit(f"r{i}", prompts[i], 90)
+    harness.run(1000)
+    assert harness.scheduler.planner.num_retractions > 0 and harness.engine.deepest == 2
+    for i in range(3):
+        assert harness.tokens(f"r{i}") == expected_output(prompts[i], 90)
+
+
+def test_the_fake_device_notices_slots_that_leave_too_early() -> None:
+    harness = Harness(is_asynchronous=True)
+    harness.submit("a", long_prompts(20)[0], 20)
+    for _ in range(5):
+        harness.scheduler.run_once()
+    planner = harness.scheduler.planner
+    planner.leave(list(planner.running))
+    planner.release_left(set())
+    with pytest.raises(AssertionError, match="freed under a running step"):
+        harness.scheduler.run_once()
+
+
+def test_a_grammar_sees_each_token_before_the_next_draw_and_holds_up_no_other() -> None:
+    harness = Harness(is_asynchronous=True)
+    texts = long_prompts(20)
+    harness.submit("a", texts[0], 20, grammar=7)
+    harness.submit("b", texts[1], 20)
+    harness.run()
+    assert harness.tokens("a") == expected_output(texts[0], 7)
+    assert harness.finish("a").type == "stop"
+    assert harness.tokens("b") == expected_output(texts[1], 20)
+    assert harness.engine.deepest == 2
+
+
+def test_control_finds_no_step_in_flight() -> None:
+    """So a client that has its reply may flush the cache."""
+    harness = Harness(is_asynchronous=True)
+    harness.submit("a", ending_prompt(), 60)
+    while not any(o.finish for o in harness.outputs("a")):
+        harness.scheduler.run_once()
+    assert harness.scheduler.planner.leaving
+    harness.mail.inbound.append(Control(call_id="x", action="flush_cache"))
+    harness.scheduler.run_once()
+    assert [m.ok for m in harness.mail.outbound if isinstance(m, ControlReply)] == [True]
+    assert harness.engine.cache.usage().tree_slots == 0
+
+
+def test_overlap_can_be_disabled() -> None:
+    harness = Harness(is_asynchronous=True, disable_overlap=True)
+    harness.submit("a", [1, 2, 3], 20)
+    harness.run()
+    assert harness.engine.deepest == 1
+
+
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.9, "seed": 3, "top_p": 0.9},
+    {"temperature": 0.7, "seed": 4, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+    {"temperature": 1.0, "seed": 5, "min_new_tokens": 20, "stop_token_ids": tuple(range(128))},
+]
+
+
+def answers(server: Server) -> list[tuple[list[int], list[Any], FinishReason | None]]:
+    """Requests of all kinds at once, with a real (tiny) model; tokens, logprobs, finish."""
+    for i, kind in enumerate(KINDS):
+        server.mail.inbound.append(
+            GenerateRequest(
+                rid=f"r{i}",
+                input_ids=np.asarray(prompt(i, 300 + 40 * i), dtype="<i4").tobytes(),
+                sampling=SamplingParams(max_new_tokens=200, ignore_eos=True, **kind),
+                logprobs=LogprobOptions(start=290, top_k=2) if i % 2 else None,
+            )
+        )
+    server.run()
+    found = []
+    for i in range(len(KINDS)):
+        outputs = server.outputs(f"r{i}")
+        # Logprobs depend in their last bits on what else is in the batch.
+        pairs = [
+            p for o in outputs for p in [*(o.input_logprobs or []), *(o.output_logprobs or [])]
+        ]
+        rounded = [(v and round(v, 2), token) for v, token in pairs]
+        found.append((server.tokens(f"r{i}"), rounded, server.last(f"r{i}").finish))
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"disable_tca": True}, {"tca_refresh": 64}, {"tca_retention": "immediate", "tca_refresh": 64}],
+    ids=["dense", "tca", "immediate"],
+)
+def test_a_real_engine_answers_the_same(changes: dict[str, Any]) -> None:
+    one, two = Server(**changes), Server(overlap=True, **changes)
+    expected = answers(one)
+    assert answers(two) == expected
+    assert [len(tokens) for tokens, _, _ in expected[:3]] == [200] * 3
+    for i in range(len(KINDS)):
+        assert two.last(f"r{i}").tca == pytest.approx(one.last(f"r{i}").tca)
+    assert two.engine.cache.usage() == one.engine.cache.usage()

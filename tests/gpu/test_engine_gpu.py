@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.gpu.tiny import loop, random_prompts, write_model
+from tca_runtime.messages import AbortRequest
+from tests.gpu.tiny import Loop, loop, random_prompts, write_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,3 +94,71 @@ def test_cold_prefixes_shrink_and_come_back(model: Path, retention: str) -> None
         assert counts.demoted > 0 and counts.promoted > 0
     else:
         assert counts.pruned > 0
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.8, "seed": 1, "top_p": 0.9},
+    {"temperature": 0.8, "seed": 2, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+    {"temperature": 0.8, "seed": 3, "min_new_tokens": 9, "stop_token_ids": tuple(range(0, 256, 5))},
+]
+
+
+@pytest.mark.parametrize("tca", [None, "uniform:0.3"], ids=["dense", "tca"])
+def test_overlap_does_not_change_tokens(model: Path, tca: str | None) -> None:
+    """Requests of several lengths and kinds, stops in mid-flight, some behind cached prefixes."""
+    prompts = random_prompts([40, 900, 1500, 300, 700, 1200], seed=6)
+
+    def serve(engine: Loop) -> list[list[list[int]]]:
+        return [engine.generate(prompts, 40, **kind) for kind in KINDS]
+
+    expected = serve(loop(model, "cuda", "triton", tca=tca, disable_overlap=True))
+    assert serve(loop(model, "cuda", "triton", tca=tca)) == expected
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"], ids=["graphs", "eager"])
+def test_crowded_overlap_answers_as_a_roomy_server(model: Path, backend: str) -> None:
+    """Retractions, and aborts of requests whose step is in flight."""
+    prompts = random_prompts([400, 500, 600, 450], seed=7)
+    expected = loop(model, "cuda", backend).generate(prompts, 150)
+    crowded = loop(model, "cuda", backend, tokens=1800)
+    for number in range(3):
+        crowded.submit(f"{number}-aborted", random_prompts([300], seed=number)[0], 150)
+        for i, prompt in enumerate(prompts):
+            crowded.submit(f"{number}-{i}", prompt, 150)
+        for _ in range(12 + number):
+            crowded.scheduler.run_once()
+        crowded.inbox.messages.append(AbortRequest(rid=f"{number}-aborted"))
+        crowded.scheduler.run_once()
+        while not crowded.scheduler.planner.is_idle:
+            crowded.scheduler.run_once()
+    crowded.engine.cache.check()
+    assert crowded.scheduler.planner.num_retractions > 0
+    answers: dict[str, list[int]] = defaultdict(list)
+    finishes: Counter[str] = Counter()
+    for output in crowded.outbox.outputs:
+        answers[output.rid] += output.token_ids
+        finishes[output.rid] += output.finish is not None
+    assert set(finishes.values()) == {1} and len(finishes) == 15
+    for number in range(3):
+        assert [answers[f"{number}-{i}"] for i in range(4)] == expected
+
+
+def test_the_host_waits_for_tokens_only(model: Path) -> None:
+    """Reserving slots, growing views, launching and sampling: none synchronises."""
+    engine = loop(model, "cuda", "triton")
+    for i, prompt in enumerate(random_prompts([40, 300, 700], seed=9)):
+        engine.submit(str(i), prompt, 700, **KINDS[i])
+    while len(engine.scheduler.planner.running) < 3:
+        engine.scheduler.run_once()
+    for _ in range(5):
+        engine.scheduler.run_once()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(600):
+            engine.scheduler.run_once()
+            assert engine.scheduler._in_flight is not None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    while not engine.scheduler.planner.is_idle:
+        engine.scheduler.run_once()

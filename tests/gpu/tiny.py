@@ -91,18 +91,20 @@ class Loop:
             16384,
         )
 
+    def submit(self, rid: str, prompt: list[int], new_tokens: int, **params: Any) -> None:
+        """Send a request; greedy unless ``params`` says otherwise."""
+        params = {"temperature": 0.0, "ignore_eos": True, **params}
+        sampling = SamplingParams(max_new_tokens=new_tokens, **params)
+        packed = np.asarray(prompt, dtype="<i4").tobytes()
+        self.inbox.messages.append(GenerateRequest(rid=rid, input_ids=packed, sampling=sampling))
+
     def generate(self, prompts: list[list[int]], new_tokens: int, **params: Any) -> list[list[int]]:
-        """Greedy tokens of each prompt, all requests at once; checks the slots afterwards."""
-        sampling = SamplingParams(
-            max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True, **params
-        )
+        """Tokens of each prompt, all requests at once; checks the slots afterwards."""
         self.outbox.outputs.clear()
         for i, prompt in enumerate(prompts):
-            packed = np.asarray(prompt, dtype="<i4").tobytes()
-            self.inbox.messages.append(
-                GenerateRequest(rid=str(i), input_ids=packed, sampling=sampling)
-            )
-        while sum(o.finish is not None for o in self.outbox.outputs) < len(prompts):
+            self.submit(str(i), prompt, new_tokens, **params)
+        self.scheduler.run_once()
+        while not self.scheduler.planner.is_idle:
             self.scheduler.run_once()
         self.engine.cache.check()
         results: list[list[int]] = [[] for _ in prompts]
@@ -128,7 +130,9 @@ def loop(model: Path, device: str, backend: str = "auto", **changes: Any) -> Loo
         ),
         cache=CacheArgs(max_total_tokens=changes.pop("tokens", 30000)),
         scheduler=SchedulerArgs(
-            max_running_requests=16, chunked_prefill_size=changes.pop("chunk", 512)
+            max_running_requests=16,
+            chunked_prefill_size=changes.pop("chunk", 512),
+            disable_overlap=changes.pop("disable_overlap", False),
         ),
         attention=AttentionArgs(attention_backend=backend),
         sparsity=sparsity,

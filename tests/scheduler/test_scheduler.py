@@ -235,3 +235,26 @@ def test_whole_replies_are_told_once_begun_and_once_done() -> None:
     assert [len(o.token_ids) for o in harness.outputs("whole")] == [1, 8]
     assert [len(o.token_ids) for o in harness.outputs("stream")] == [1] * 9
     assert harness.tokens("whole") == expected_output([1, 2, 3], 9)
+
+
+def test_a_refused_queue_is_looked_at_again_only_when_something_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    harness = Harness(capacity_tokens=130)
+    running = next([i] * 10 for i in range(1, 97) if len(expected_output([i] * 10, 60)) == 60)
+    harness.submit("running", running, 60)
+    harness.scheduler.run_once()
+    for i in range(3):
+        harness.submit(f"r{i}", [90 + i] * 80, 3)
+    lookups: list[int] = []
+    match = harness.engine.cache.match
+    monkeypatch.setattr(harness.engine.cache, "match", lambda *a: lookups.append(1) or match(*a))
+    harness.scheduler.run_once()
+    assert lookups
+    lookups.clear()
+    for _ in range(20):
+        harness.scheduler.run_once()
+    assert len(harness.tokens("running")) == 22 and not lookups
+    harness.run()
+    for i in range(3):
+        assert harness.tokens(f"r{i}") == expected_output([90 + i] * 80, 3)

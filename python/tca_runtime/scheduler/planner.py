@@ -70,6 +70,8 @@ class StepPlanner:
         self.running: list[Request] = []
         self.leaving: list[Request] = []
         self.num_retractions = 0
+        self._refused: tuple[int, ...] = ()
+        self._refused_room = 0
 
     @property
     def is_idle(self) -> bool:
@@ -178,6 +180,11 @@ class StepPlanner:
         room = self._args.max_running_requests - taken
         if not len(self.waiting) or room <= 0 or budget <= 0:
             return
+        state = self._admission_state()
+        available = self._cache.available_tokens
+        busy = self.running or self.prefilling
+        if busy and state == self._refused and available <= self._refused_room:
+            return
         admitted: set[Request] = set()
         ranked = self.waiting.ranked(self._cache)
         for request in ranked:
@@ -190,12 +197,30 @@ class StepPlanner:
             admitted.add(request)
             self.prefilling.append(request)
             budget -= self._plan_chunk(request, budget, chunks)
+        self._refused, self._refused_room = (() if admitted else state), available
         if admitted:
             newest = max(r.arrival for r in admitted)
             for request in ranked:
                 if request not in admitted and request.arrival < newest:
                     request.skipped += 1
             self.waiting.remove(admitted)
+
+    def _admission_state(self) -> tuple[int, ...]:
+        """What admission depends on, besides room for tokens.
+
+        While none of it changes, a queue that was refused need not be matched with the tree anew,
+        which takes longer than the rest of a decode step's planning.
+        """
+        waiting = [request.arrival for request in self.waiting if request.grammar is None]
+        return (
+            len(waiting),
+            max(waiting, default=0),
+            len(self.prefilling),
+            len(self.running),
+            len(self.leaving),
+            self.num_retractions,
+            self._cache.tree.num_tokens,
+        )
 
     def _begin(self, request: Request) -> bool:
         """Lock the request's prefix if the rest of it fits beside the others."""

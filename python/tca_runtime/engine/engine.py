@@ -103,8 +103,8 @@ class Engine:
     def launch(self, step: StepInput) -> LaunchedStep:
         """Queue one step, behind the steps launched before.
 
-        On a GPU nothing here waits for the device, except where the host must read a selection:
-        ``max_dropped_mass``, other policies than TCA, prefixes that are pruned.
+        On a GPU nothing here waits for the device, except where the host must read what was
+        selected: ``max_dropped_mass``, other policies than TCA, prefixes that are pruned.
         """
         limit = self._graphs.max_batch if self._graphs is not None else 0
         if not step.chunks and 0 < len(step.decode) <= limit:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor; asynchronous on CUDA, where it goes through pinned memory."""
-    if device.type == "cuda":
+    if device.type == "cuda" and tensor.numel():
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

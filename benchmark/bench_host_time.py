@@ -4,8 +4,8 @@ Run from the root of the repository: ``python -m benchmark.bench_host_time``.
 
 A random model with as many (layer, KV head) rows as an 8B model but tiny ones otherwise runs on
 the CPU under the real scheduler. Every part's functions are timed without what they call of other
-parts. *model* is the forward pass with its kernels, which on a GPU the device computes; the rest
-is the host's, and must stay small against a step. On the CPU it includes the data that bookkeeping
+parts. *model* (the forward pass with its kernels) and *decode view* (the selection of a prompt's
+last chunk) are what a GPU computes; the rest is the host's, and must stay small against a step. On the CPU it includes the data that bookkeeping
 moves (slot ids into the arena, the free list), which a GPU's host only launches.
 
 The time of ``other`` is the scheduler's own: what is left of an iteration.
@@ -64,6 +64,8 @@ PARTS: list[tuple[str, type[Any], tuple[str, ...]]] = [
     ("consume", Scheduler, ("_consume",)),
 ]
 OTHER = "other"
+# What a GPU computes; the host only launches it.
+DEVICE = {"model", "decode view"}
 
 
 class Clock:
@@ -193,10 +195,10 @@ def prefill_parts(server: Server, clock: Clock, args: argparse.Namespace) -> dic
 
 
 def table(title: str, parts: dict[str, float]) -> list[Figure]:
-    host = sum(seconds for name, seconds in parts.items() if name != "model")
+    host = sum(seconds for name, seconds in parts.items() if name not in DEVICE)
     figures = [Figure(f"{title}: host, all parts", host * 1e6, "us")]
     for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
-        share = "" if name == "model" else f"{100 * seconds / host:.0f} % of the host's"
+        share = "" if name in DEVICE else f"{100 * seconds / host:.0f} % of the host's"
         figures.append(Figure(f"{title}: {name}", seconds * 1e6, "us", detail=share))
     width = max(len(f.name) for f in figures)
     for figure in figures:

@@ -115,9 +115,12 @@ class ViewTable:
         offset = self._segments.allocate(size)
         if offset is None:
             return False
-        old = self.start[view.index].clone()
-        start = self._place(view.index, offset, lengths, headroom)
-        self._scatter(start, lengths, self.arena[_flat_index(old, lengths)])
+        uniform = view.uniform_length
+        if uniform is not None:
+            slots = self._block(view.offset, view.size // self.rows, uniform)
+        else:
+            slots = self.arena[_flat_index(self.start[view.index], lengths)]
+        self._scatter(self._place(view.index, offset, lengths, headroom), lengths, slots)
         self._segments.free(view.offset, view.size)
         view.offset, view.size, view.headroom = offset, size, headroom
         return True
@@ -139,9 +142,14 @@ class ViewTable:
         count = slots.shape[1]
         if count > view.headroom - view.prepared:
             raise ValueError(f"{count} entries do not fit a headroom of {view.headroom}")
-        tail = self.start[view.index] + self.length[view.index] + view.prepared
-        steps = torch.arange(count, device=self.arena.device)
-        self.arena[tail[:, None] + steps] = slots
+        uniform = view.uniform_length
+        if uniform is not None:
+            begin = view.offset + uniform + view.prepared
+            self._block(begin, view.size // self.rows, count).copy_(slots)
+        else:
+            tail = self.start[view.index] + self.length[view.index] + view.prepared
+            steps = torch.arange(count, device=self.arena.device)
+            self.arena[tail[:, None] + steps] = slots
         view.prepared += count
 
     def advance(self, views: Sequence[View], indices: Tensor, count: int) -> None:
@@ -182,8 +190,21 @@ class ViewTable:
         return start
 
     def _scatter(self, start: NDArray[np.int64], lengths: NDArray[np.int64], slots: Tensor) -> None:
-        begin = upload(torch.from_numpy(start), self.arena.device)
-        self.arena[_flat_index(begin, lengths)] = slots
+        gaps = np.diff(start)
+        if (lengths == lengths[0]).all() and (gaps == gaps[:1]).all():
+            gap = int(gaps[0]) if len(gaps) else 0
+            block = self._block(int(start[0]), gap, int(lengths[0]))
+            block.copy_(slots.view(block.shape))
+        else:
+            begin = upload(torch.from_numpy(start), self.arena.device)
+            self.arena[_flat_index(begin, lengths)] = slots
+
+    def _block(self, begin: int, gap: int, count: int) -> Tensor:
+        """``count`` entries of every row, of rows that lie ``gap`` apart: ``[rows, count]``.
+
+        Copying such a block takes no index per entry, which is most of the time of writing lists.
+        """
+        return self.arena.as_strided((self.rows, count), (gap, 1), begin)
 
 
 def _flat_index(start: Tensor, lengths: NDArray[np.int64]) -> Tensor:

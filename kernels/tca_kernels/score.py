@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,23 +14,59 @@ from torch import Tensor
 from tca_kernels import dispatch, reference
 from tca_kernels.dispatch import cdiv, check_pool, host_table, next_power_of_2, upload
 
-_PROGRAMS_PER_SM = 8
 _MERGE_BLOCK = 16
+_PAIRED_ROWS = (64, 128)
+_PAIRED_HEAD_DIMS = (64, 128)
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Tile of both scoring kernels: keys per step, and Triton's warps and stages."""
+    """How both scoring kernels run.
+
+    Attributes
+    ----------
+    block : keys per step
+    num_warps, num_stages : of a program
+    programs : per multiprocessor; more share the work more evenly, and each costs a start
+    paired : score two items that share a list in one program (Hopper only, see ``fits_paired``)
+    """
 
     block: int
     num_warps: int
     num_stages: int
+    programs: int = 8
+    paired: bool = False
 
 
 def default_config(rows: int, head_dim: int, dtype: torch.dtype) -> ScoreConfig:
     """Keep a tile's logits in registers, and queries and two tiles of keys in shared memory."""
     wide = rows > 128 or rows * head_dim * dtype.itemsize > 128 * 128 * 2
     return ScoreConfig(64, num_warps=8 if wide else 4, num_stages=2 if wide else 3)
+
+
+PAIRED_CONFIG = ScoreConfig(64, num_warps=4, num_stages=3, programs=4, paired=True)
+
+
+def fits_paired(q: Tensor, kv: Tensor, start: Tensor) -> bool:
+    """Whether the paired kernels take these inputs: several prefixes of one list per head."""
+    rows = q.shape[1] * q.shape[2] // start.shape[1]
+    return (
+        q.is_cuda
+        and len(q) > 1
+        and start.stride(0) == 0
+        and q.dtype == kv.dtype
+        and kv.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[3] in _PAIRED_HEAD_DIMS
+        and _PAIRED_ROWS[0] // 2 < rows <= _PAIRED_ROWS[-1]
+        and _is_hopper(q.device)
+    )
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton.experimental.gluon") is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _max_rows(head_dim: int, dtype: torch.dtype) -> int:
@@ -105,19 +144,20 @@ def _score_triton(
     scale: float,
     config: ScoreConfig | None,
 ) -> Tensor:
-    from tca_kernels.triton.score import (
-        probe_lse_kernel,
-        probe_merge_kernel,
-        probe_weights_kernel,
-    )
+    from tca_kernels.triton.score import probe_merge_kernel
 
     items, probes, num_q_heads, head_dim = q.shape
     num_heads = start.shape[1]
     pairs = items * num_heads
     group = num_q_heads // num_heads
     rows = max(16, next_power_of_2(probes * group))
-    config = config or default_config(rows, head_dim, kv.dtype)
-    chunk = _chunk(int(lengths.sum()), config.block, q.device)
+    if config is None:
+        paired = fits_paired(q, kv, start)
+        config = PAIRED_CONFIG if paired else default_config(rows, head_dim, kv.dtype)
+    if config.paired:
+        rows = max(rows, _PAIRED_ROWS[0])
+    groups = cdiv(items, 2) if config.paired else items
+    chunk = _chunk(int(lengths.max()), groups * num_heads, config, q.device)
     num_chunks = cdiv(int(lengths.max()), chunk)
 
     ends = counts.flatten().cumsum(0)
@@ -127,24 +167,45 @@ def _score_triton(
     partial = torch.empty(num_chunks, pairs, rows, dtype=torch.float32, device=q.device)
     lse = torch.empty(pairs, rows, dtype=torch.float32, device=q.device)
     queries = (q, q.stride(0), q.stride(1), q.stride(2))
-    lists = (kv, arena, start, start.stride(0), start.stride(1), table)
     sizes = (scale * math.log2(math.e), items, num_heads, chunk)
     shape = {"PROBES": probes, "GROUP": group, "ROWS": rows, "D": head_dim, "BLOCK": config.block}
-    launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    probe_lse_kernel[(pairs, num_chunks)](*queries, *lists, partial, *sizes, **shape, **launch)
+    (first, first_launch), (second, second_launch) = _kernels(config, rows)
+    strides = start.stride()[1:] if config.paired else start.stride()
+    lists = (kv, arena, start, *strides, table)
+    programs = groups * num_heads
+    first[(programs, num_chunks)](*queries, *lists, partial, *sizes, **shape, **first_launch)
     probe_merge_kernel[(pairs,)](partial, table, lse, pairs, chunk, ROWS=rows, BLOCK=_MERGE_BLOCK)
-    probe_weights_kernel[(pairs, cdiv(int(counts.max()), chunk))](
-        *queries, *lists, lse, scores, *sizes, **shape, **launch
+    second[(programs, cdiv(int(counts.max()), chunk))](
+        *queries, *lists, lse, scores, *sizes, **shape, **second_launch
     )
     return scores
 
 
-def _chunk(total: int, block: int, device: torch.device) -> int:
-    """Slots per program: several programs per multiprocessor, but enough to repay their start."""
+def _kernels(
+    config: ScoreConfig, rows: int
+) -> tuple[tuple[Any, dict[str, int]], tuple[Any, dict[str, int]]]:
+    """The kernels of both passes, each with its launch options."""
+    if config.paired:
+        from tca_kernels.gluon import score as paired
+
+        # Logits have a row per probe in the first pass, per key in the second; a warp takes 16.
+        first, second = (
+            {"num_warps": min(config.num_warps, n // 16), "STAGES": config.num_stages}
+            for n in (rows, config.block)
+        )
+        return (paired.paired_lse_kernel, first), (paired.paired_weights_kernel, second)
+    from tca_kernels.triton import score as single
+
+    launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return (single.probe_lse_kernel, launch), (single.probe_weights_kernel, launch)
+
+
+def _chunk(longest: int, lists: int, config: ScoreConfig, device: torch.device) -> int:
+    """Slots per program: whole rounds of programs, but enough slots to repay a program's start."""
     sms = (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
         else 1
     )
-    wanted = cdiv(total, sms * _PROGRAMS_PER_SM)
-    return min(max(cdiv(wanted, block), 8), 64) * block
+    chunks = max(sms * config.programs // lists, 1)
+    return min(max(cdiv(cdiv(longest, chunks), config.block), 8), 128) * config.block

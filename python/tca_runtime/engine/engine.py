@@ -84,6 +84,7 @@ class Engine:
             may_prune=config.sparsity.tca_retention != "never",
         )
         self.backend = create_backend(config.attention.attention_backend, self.shape, pool.kv)
+        self.backend.before_layer = self.cache.transfers.wait_for
         self.sampler = Sampler(loaded.config.vocab_size, self.device)
         self._graphs: DecodeGraphs | None = None
         self._max_batch = config.scheduler.max_running_requests

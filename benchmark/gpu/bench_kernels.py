@@ -19,6 +19,7 @@ if "--tiny" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import bench_decode
+import bench_fused
 import bench_selection
 import torch
 from bench_run import BenchRun
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from tca_kernels import dispatch
 
-SECTIONS = ["decode", "selection"]
+SECTIONS = ["decode", "selection", "fused"]
 
 
 def check(run: BenchRun) -> bool:
@@ -53,6 +54,8 @@ def measure(run: BenchRun, sections: list[str], flashinfer: bool) -> None:
     if "selection" in sections:
         score_config = bench_selection.sweep(run, LLAMA_8B, kv)
         bench_selection.table(run, LLAMA_8B, kv, score_config)
+    if "fused" in sections:
+        bench_fused.table(run, LLAMA_8B, kv)
 
 
 def measure_decode(run: BenchRun, kv: Tensor, flashinfer: bool) -> None:

@@ -199,16 +199,16 @@ def prefill_only_warm(engine: Engine, context: int, mode: str) -> None:
 
 def breakdown(run: BenchRun, engine: Engine) -> None:
     prefill_only_warm(engine, 1024 if run.tiny else 20480, "10")
-    for context in (2048,) if run.tiny else (65536, 131072):
-        for ratio in (0.1, 0.39):
-            wanted = settings(budgets(engine, ratio, False), budgets(engine, 0.39, True))
-            tokens = random_tokens(engine, context, 5)
+    cases = [(65536, 0.1), (65536, 0.39), (131072, 0.1), (131072, 0.39), (262144, 0.1)]
+    for context, ratio in [(2048, 0.1)] if run.tiny else cases:
+        wanted = settings(budgets(engine, ratio, False), budgets(engine, 0.39, True))
+        tokens = random_tokens(engine, context, 5)
 
-            def work(tokens: Any = tokens, wanted: Any = wanted) -> None:
-                release(engine, prefill(engine, tokens, wanted))
+        def work(tokens: Any = tokens, wanted: Any = wanted) -> None:
+            release(engine, prefill(engine, tokens, wanted))
 
-            run.record("breakdown", context=context, kept=ratio, **kernel_shares(work))
-            engine.cache.flush()
+        run.record("breakdown", context=context, kept=ratio, **kernel_shares(work))
+        engine.cache.flush()
 
 
 def prefix_hits(run: BenchRun, engine: Engine) -> None:

@@ -104,7 +104,8 @@ def talk(
     def words(count: int) -> list[int]:
         return cast("list[int]", dice.integers(0, vocab, count).tolist())
 
-    generate([words(64) for _ in range(2)], 4)
+    # Compiles what this workload needs.
+    generate([words(args.prompt) for _ in range(2)], 4)
     histories: Prompts = [words(args.prompt) for _ in range(args.sessions)]
     begin = time.perf_counter()
     produced = 0

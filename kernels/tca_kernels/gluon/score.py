@@ -16,6 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Triton 3.9 took the old name away.
+_load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
 _UNSPECIALISED = ["start_stride_h", "num_items", "num_heads", "chunk"]
 _UNALIGNED = ["start_ptr", "table_ptr"]
 
@@ -54,7 +57,7 @@ def _slots(list_ptr, first, length, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
 def _copy_keys(keys, kv_ptr, slot, D: gl.constexpr, LAYOUT: gl.constexpr):
     dim = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
     pointer = kv_ptr + slot.to(gl.int64)[:, None] * (2 * D) + dim[None, :]
-    async_copy.async_copy_global_to_shared(keys, pointer)
+    _load_async(keys, pointer)
     async_copy.commit_group()
 
 

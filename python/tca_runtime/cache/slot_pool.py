@@ -63,12 +63,6 @@ class SlotPool:
     def num_free(self) -> int:
         return self._height + self._num_leaving
 
-    @property
-    def num_ready(self) -> int:
-        """Free slots that can be taken without waiting for a copy."""
-        self._settle(0)
-        return self._height
-
     def allocate(self, count: int) -> Tensor:
         """Take ``count`` slots: int32 ``[count]``. The stream waits for copies only if it must."""
         if count > self.num_free:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -273,6 +274,33 @@ def test_pressure_is_really_reached(machine: type[CacheMachine]) -> None:
         assert counts.demoted and counts.promoted
     else:
         assert counts.pruned
+
+
+@pytest.mark.parametrize("machine", [m for m in MACHINES if m.late])
+def test_late_copies_never_meet_a_new_owner(machine: type[CacheMachine]) -> None:
+    """Four prompts take turns in a pool for one and a half: all of them leave and come back."""
+    transfers = LateTransfers(LAYERS)
+    manager = make_manager(
+        22, 4, machine.host_tokens, machine.choose_core, machine.may_prune, transfers
+    )
+    dice = random.Random(0)
+    for _ in range(200):
+        tokens = np.arange(14, dtype=np.int32) + 100 * dice.randrange(4)
+        sequence = manager.begin(manager.match(NAMESPACES[0], tokens[:-1]), len(tokens))
+        assert sequence is not None
+        run = Running(NAMESPACES[0], tokens, sequence)
+        begin = sequence.computed
+        write(manager, run, begin, manager.extend(sequence, len(tokens) - begin))
+        transfers.proceed(dice.randrange(3))
+        if dice.random() < 0.7:
+            assert_readable(manager, run, complete=not machine.may_prune)
+        manager.commit(run.namespace, sequence, tokens)
+        manager.release(run.namespace, sequence, tokens)
+        if dice.random() < 0.1:
+            manager.flush()
+        manager.check()
+    counts = manager.reclaimer.counts
+    assert counts.demoted and counts.promoted and counts.evicted
 
 
 def run_prompt(

@@ -118,4 +118,5 @@ def test_no_slot_is_lost(tmp_path: Path, case: str) -> None:
     assert tally.failed == 0 and tally.aborts > 0 and tally.hits > 0
     assert cache.usage().running_slots == 0
     assert all(counts[name] > 0 for name in must_happen)
-    assert retracted > 0 or SECONDS < 60
+    # Pruned at once, requests seldom fill the pool.
+    assert retracted > 0 or SECONDS < 60 or retention == "immediate"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from tca_kernels import dispatch, reference
 from tca_kernels.dispatch import cdiv, check_pool, host_table, next_power_of_2, upload
+
+logger = logging.getLogger(__name__)
 
 _MERGE_BLOCK = 16
 _PAIRED_ROWS = (64, 128)
@@ -50,6 +53,11 @@ PAIRED_CONFIG = ScoreConfig(64, num_warps=4, num_stages=3, programs=4, paired=Tr
 def fits_paired(q: Tensor, kv: Tensor, start: Tensor) -> bool:
     """Whether the paired kernels take these inputs: several prefixes of one list per head."""
     rows = q.shape[1] * q.shape[2] // start.shape[1]
+    return _PAIRED_ROWS[0] // 2 < rows <= _PAIRED_ROWS[-1] and _pairable(q, kv, start)
+
+
+def _pairable(q: Tensor, kv: Tensor, start: Tensor) -> bool:
+    """``fits_paired`` for a suitable number of probes."""
     return (
         q.is_cuda
         and len(q) > 1
@@ -57,22 +65,32 @@ def fits_paired(q: Tensor, kv: Tensor, start: Tensor) -> bool:
         and q.dtype == kv.dtype
         and kv.dtype in (torch.float16, torch.bfloat16)
         and q.shape[3] in _PAIRED_HEAD_DIMS
-        and _PAIRED_ROWS[0] // 2 < rows <= _PAIRED_ROWS[-1]
-        and _is_hopper(q.device)
+        and _has_paired(q.device)
     )
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    if importlib.util.find_spec("triton.experimental.gluon") is None:
+def _has_paired(device: torch.device) -> bool:
+    if torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+    try:
+        importlib.import_module("tca_kernels.gluon.score")
+    except (ImportError, AttributeError) as error:
+        # Gluon is young: its names change between versions of Triton.
+        logger.warning("scoring without its Hopper kernels, which need Triton 3.6: %s", error)
+        return False
+    return True
 
 
-def _max_rows(head_dim: int, dtype: torch.dtype) -> int:
+def _probes_at_once(q: Tensor, kv: Tensor, start: Tensor, config: ScoreConfig | None) -> int:
+    """Probes whose rows one matrix product takes, all products about equally many."""
     # Float32 operands are split into three parts, which need shared memory of their own.
-    query_bytes = 32768 if dtype == torch.float32 else 65536
-    return min(query_bytes // (head_dim * dtype.itemsize), 256)
+    query_bytes = 32768 if kv.dtype == torch.float32 else 65536
+    rows = min(query_bytes // (q.shape[3] * kv.dtype.itemsize), 256)
+    if config is None and _pairable(q, kv, start):
+        rows = min(rows, _PAIRED_ROWS[-1])
+    most = max(rows // (q.shape[2] // start.shape[1]), 1)
+    return cdiv(q.shape[1], cdiv(q.shape[1], most))
 
 
 def probe_scores(
@@ -121,7 +139,7 @@ def probe_scores(
     if not dispatch.use_triton(q):
         return reference.probe_scores(q, kv, arena, start, lengths, counts, scale)
     probes = q.shape[1]
-    step = _max_rows(q.shape[3], kv.dtype) // (q.shape[2] // start.shape[1])
+    step = _probes_at_once(q, kv, start, config)
     if probes <= step:
         return _score_triton(q, kv, arena, start, lengths, counts, scale, config)
     # More rows than one matrix product takes. Earlier probes see a prefix of the list.

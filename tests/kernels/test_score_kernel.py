@@ -120,6 +120,21 @@ def test_paired_kernels_match_reference(
     assert relative_error(scores, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("probes", "group"), [(32, 4), (32, 7), (8, 4)])
+def test_chunk_of_a_prompt(probes: int, group: int) -> None:
+    """Four selections as prefill makes them, by whatever kernels are the default."""
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    lengths = torch.tensor([3000, 5048, 7096, 9144])[:, None].expand(4, 2)
+    longest = lengths[-1:]
+    _, kv, arena, start, _, _ = case(longest, longest, probes, group, 128, bf16, cuda)
+    q = torch.randn(4, probes, 2 * group, 128, device=cuda).to(bf16)
+    inputs = (q, kv, arena, start.expand(4, 2), lengths, (lengths - 2560) // 64 * 64)
+    expected = reference.probe_scores(*inputs, 128**-0.5)
+    assert relative_error(probe_scores(*inputs, 128**-0.5), expected) < TOLERANCE[bf16]
+
+
 def test_more_probes_than_one_product_takes(device: torch.device) -> None:
     lengths, counts = torch.tensor([[70]]), torch.tensor([[70]])
     inputs = case(lengths, counts, 40, 8, 32, torch.float32, device)
@@ -132,7 +147,8 @@ def test_large_logits_do_not_overflow(device: torch.device) -> None:
     lengths, counts = torch.tensor([[90, 64]]), torch.tensor([[90, 64]])
     q, *rest = case(lengths, counts, 4, 2, 32, torch.float32, device)
     scores = probe_scores(q * 1e3, *rest, 1.0)
-    assert relative_error(scores, reference.probe_scores(q * 1e3, *rest, 1.0)) < 1e-3
+    # Float32 knows logits of ten thousand to a thousandth, and weights no better.
+    assert relative_error(scores, reference.probe_scores(q * 1e3, *rest, 1.0)) < 1e-2
 
 
 def test_refuses_lists_shorter_than_probes_or_counts(device: torch.device) -> None:

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from timing import copy_bandwidth, matmul_flops, pinned_bandwidth
 
 from tca_kernels.move import move_rows
 from tca_runtime.attention.flashinfer_backend import FlashInferBackend, FlashInferPrefill
+from tca_runtime.cache.transfer import COPY_PROGRAMS
 from tca_runtime.engine.engine import Engine
 
 
@@ -261,10 +263,19 @@ def bus(run: BenchRun, engine: Engine) -> None:
     device_rows = torch.randperm(pool.capacity, device=engine.device)[:count].int()
     host_rows = torch.arange(count, device=engine.device, dtype=torch.int32)
     size = count * pool.kv[0].nbytes / 1e9
-    for _ in range(2):
-        down = clock(lambda: move_rows(pool.kv, device_rows, host.kv, host_rows))
-        up = clock(lambda: move_rows(host.kv, host_rows, pool.kv, device_rows))
-    run.record("bus", gb=size, demote_gbps=size / down, promote_gbps=size / up)
+    there, back = (pool.kv, device_rows), (host.kv, host_rows)
+    # The last few are what copies beside the model's work may use.
+    for programs in (None, 16, 32, COPY_PROGRAMS, 128):
+        for _ in range(2):
+            down = clock(partial(move_rows, *there, *back, programs))
+            up = clock(partial(move_rows, *back, *there, programs))
+        run.record(
+            "bus",
+            gb=size,
+            programs=programs or "all",
+            demote_gbps=size / down,
+            promote_gbps=size / up,
+        )
 
 
 def demote_all(engine: Engine) -> None:

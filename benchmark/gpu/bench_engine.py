@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from timing import copy_bandwidth, matmul_flops, pinned_bandwidth
 
 from tca_kernels.move import move_rows
 from tca_runtime.attention.flashinfer_backend import FlashInferBackend, FlashInferPrefill
+from tca_runtime.cache.transfer import COPY_PROGRAMS
 from tca_runtime.engine.engine import Engine
 
 
@@ -199,16 +201,16 @@ def prefill_only_warm(engine: Engine, context: int, mode: str) -> None:
 
 def breakdown(run: BenchRun, engine: Engine) -> None:
     prefill_only_warm(engine, 1024 if run.tiny else 20480, "10")
-    for context in (2048,) if run.tiny else (65536, 131072):
-        for ratio in (0.1, 0.39):
-            wanted = settings(budgets(engine, ratio, False), budgets(engine, 0.39, True))
-            tokens = random_tokens(engine, context, 5)
+    cases = [(65536, 0.1), (65536, 0.39), (131072, 0.1), (131072, 0.39), (262144, 0.1)]
+    for context, ratio in [(2048, 0.1)] if run.tiny else cases:
+        wanted = settings(budgets(engine, ratio, False), budgets(engine, 0.39, True))
+        tokens = random_tokens(engine, context, 5)
 
-            def work(tokens: Any = tokens, wanted: Any = wanted) -> None:
-                release(engine, prefill(engine, tokens, wanted))
+        def work(tokens: Any = tokens, wanted: Any = wanted) -> None:
+            release(engine, prefill(engine, tokens, wanted))
 
-            run.record("breakdown", context=context, kept=ratio, **kernel_shares(work))
-            engine.cache.flush()
+        run.record("breakdown", context=context, kept=ratio, **kernel_shares(work))
+        engine.cache.flush()
 
 
 def prefix_hits(run: BenchRun, engine: Engine) -> None:
@@ -261,10 +263,19 @@ def bus(run: BenchRun, engine: Engine) -> None:
     device_rows = torch.randperm(pool.capacity, device=engine.device)[:count].int()
     host_rows = torch.arange(count, device=engine.device, dtype=torch.int32)
     size = count * pool.kv[0].nbytes / 1e9
-    for _ in range(2):
-        down = clock(lambda: move_rows(pool.kv, device_rows, host.kv, host_rows))
-        up = clock(lambda: move_rows(host.kv, host_rows, pool.kv, device_rows))
-    run.record("bus", gb=size, demote_gbps=size / down, promote_gbps=size / up)
+    there, back = (pool.kv, device_rows), (host.kv, host_rows)
+    # The last few are what copies beside the model's work may use.
+    for programs in (None, 16, 32, COPY_PROGRAMS, 128):
+        for _ in range(2):
+            down = clock(partial(move_rows, *there, *back, programs))
+            up = clock(partial(move_rows, *back, *there, programs))
+        run.record(
+            "bus",
+            gb=size,
+            programs=programs or "all",
+            demote_gbps=size / down,
+            promote_gbps=size / up,
+        )
 
 
 def demote_all(engine: Engine) -> None:

@@ -19,14 +19,18 @@ if "--tiny" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import bench_decode
+import bench_fused
 import bench_selection
 import torch
 from bench_run import BenchRun
 from check_kernels import run_checks
 from kernel_inputs import LLAMA_8B, QWEN_7B
 from timing import copy_bandwidth, matmul_flops
+from torch import Tensor
 
 from tca_kernels import dispatch
+
+SECTIONS = ["decode", "selection", "fused"]
 
 
 def check(run: BenchRun) -> bool:
@@ -41,16 +45,24 @@ def check(run: BenchRun) -> bool:
     return failed == 0
 
 
-def measure(run: BenchRun, flashinfer: bool) -> None:
+def measure(run: BenchRun, sections: list[str], flashinfer: bool) -> None:
     run.copy, run.matmul = copy_bandwidth(run.device), matmul_flops(run.device)
     run.record("ceiling", copy_gbps=run.copy / 1e9, matmul_tflops=run.matmul / 1e12)
     kv = run.pool(LLAMA_8B, 20_000 if run.tiny else 36_000_000)
+    if "decode" in sections:
+        measure_decode(run, kv, flashinfer)
+    if "selection" in sections:
+        score_config = bench_selection.sweep(run, LLAMA_8B, kv)
+        bench_selection.table(run, LLAMA_8B, kv, score_config)
+    if "fused" in sections:
+        bench_fused.table(run, LLAMA_8B, kv)
+
+
+def measure_decode(run: BenchRun, kv: Tensor, flashinfer: bool) -> None:
     config = bench_decode.sweep(run, LLAMA_8B, kv)
     bench_decode.table(run, "8b", LLAMA_8B, kv, config, flashinfer)
     bench_decode.plans(run, LLAMA_8B, config)
     bench_decode.writes(run, LLAMA_8B, kv)
-    score_config = bench_selection.sweep(run, LLAMA_8B, kv)
-    bench_selection.table(run, LLAMA_8B, kv, score_config)
     if not run.tiny:
         bench_decode.table(run, "qwen-7b", QWEN_7B, kv, config, flashinfer)
 
@@ -58,6 +70,7 @@ def measure(run: BenchRun, flashinfer: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check and time the Triton kernels.")
     parser.add_argument("--tiny", action="store_true", help="dry run without a GPU")
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--flashinfer", action="store_true", help="time FlashInfer's decode too")
     parser.add_argument("--seconds", type=float, default=210, help="start nothing new after this")
     parser.add_argument("--output-dir", type=Path, default=Path("benchmark/results"))
@@ -70,7 +83,7 @@ def main() -> int:
     gpu = "interpreter" if args.tiny else torch.cuda.get_device_name()
     run.record("machine", gpu=gpu, torch=torch.__version__)
     correct = check(run)
-    measure(run, args.flashinfer)
+    measure(run, args.only, args.flashinfer)
     run.record("done", seconds=run.elapsed, out_of_time=run.late)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "kernels.json"

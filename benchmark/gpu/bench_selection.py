@@ -8,26 +8,29 @@ from functools import partial
 
 import torch
 from bench_run import BenchRun
-from check_kernels import LEVELS
+from check_kernels import LEVELS, relative_error
 from kernel_inputs import Shape, level_counts
 from timing import host_ms, stream_ms
 from torch import Tensor
 
+from tca_kernels import reference
 from tca_kernels.gather import gather_views, view_slots
 from tca_kernels.score import ScoreConfig, probe_scores
 from tca_kernels.select import block_scores, select
 
-# (block, num_warps, num_stages)
+# (block, num_warps, num_stages, programs, paired)
 CONFIGS = [
     ScoreConfig(*row)
     for row in (
-        (64, 4, 2),
-        (64, 4, 3),
-        (64, 4, 4),
-        (64, 8, 3),
-        (128, 8, 2),
-        (128, 8, 3),
-        (128, 4, 2),
+        (64, 4, 3, 8, False),
+        (64, 4, 2, 8, False),
+        (128, 4, 2, 8, False),
+        (64, 4, 3, 2, True),
+        (64, 4, 3, 4, True),
+        (64, 4, 3, 8, True),
+        (64, 8, 3, 4, True),
+        (128, 8, 3, 2, True),
+        (128, 8, 3, 4, True),
     )
 ]
 
@@ -61,7 +64,9 @@ def scorer(shape: Shape, kv: Tensor, chunk: Chunk, config: ScoreConfig | None) -
 
 
 def sweep(run: BenchRun, shape: Shape, kv: Tensor) -> ScoreConfig | None:
-    """Time every scoring configuration and return the best."""
+    """Check and time every scoring configuration; return the best that is right."""
+    small = make_chunk(run, shape, kv, 384 if run.tiny else 16384, 2 if run.tiny else 32)
+    expected = reference.probe_scores(*scorer(shape, kv, small, None).args[:-1])
     chunk = make_chunk(run, shape, kv, 384 if run.tiny else 65536, 2 if run.tiny else 32)
     rows = chunk.q.shape[1] * shape.num_q_heads // shape.num_kv_heads
     flops = 2.0 * rows * shape.head_dim * float(chunk.lengths.sum() + chunk.counts.sum())
@@ -69,9 +74,20 @@ def sweep(run: BenchRun, shape: Shape, kv: Tensor) -> ScoreConfig | None:
     for config in CONFIGS[:1] if run.tiny else CONFIGS:
         if run.late:
             break
-        ms = stream_ms(scorer(shape, kv, chunk, config), run.device)
-        run.record("score", **asdict(config), us=ms * 1e3, of_matmul=flops / ms * 1e3 / run.matmul)
-        if ms < best_ms:
+        try:
+            error = relative_error(scorer(shape, kv, small, config)(), expected)
+            ms = stream_ms(scorer(shape, kv, chunk, config), run.device)
+        except Exception as failure:
+            run.record("score", **asdict(config), failed=repr(failure)[:200])
+            continue
+        run.record(
+            "score",
+            **asdict(config),
+            us=ms * 1e3,
+            of_matmul=flops / ms * 1e3 / run.matmul,
+            error=error,
+        )
+        if ms < best_ms and error < 1e-2:
             best, best_ms = config, ms
     return best
 

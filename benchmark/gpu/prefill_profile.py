@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 # The first name that is part of a kernel's decides.
 GROUPS = {
     "probe_": "score",
+    "paired_": "score",
     "block_": "select",
     "row_sum": "select",
     "view_slots": "gather",
@@ -22,6 +23,11 @@ GROUPS = {
     "nvjet": "projections",
     "gemm": "projections",
     "cutlass": "projections",
+    "layer_norm": "norm",
+    "rms_norm": "norm",
+    "rotate": "rotation",
+    "silu": "activation",
+    "copy_rows": "layout",
 }
 
 

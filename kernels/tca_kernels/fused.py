@@ -9,9 +9,10 @@ from torch import Tensor
 from tca_kernels import dispatch
 from tca_kernels.dispatch import cdiv, next_power_of_2
 
-_HEADS = 16
-_ROW_ELEMENTS = 4096
-_SILU_TILE = 2048
+# (heads, elements or columns per program, warps)
+_ROTATE_TILE = (16, 2)
+_ROW_TILE = (4096, 4)
+_SILU_TILE = (2048, 4)
 # Elements below which another CPU thread costs more than it saves.
 _THREAD_ELEMENTS = 1 << 15
 
@@ -28,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor, tile: tuple[int, int] = _ROTATE_TILE) -> Tensor:
     """Rotary position encoding of queries and keys; may work in place.
 
     Parameters
@@ -36,6 +37,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     heads : ``[T, H, D]``; last dimension contiguous
     cos : ``[T, 1, D]``, both halves alike
     sin : ``[T, 1, D]``, the first half negated
+    tile : heads and warps per program
 
     Returns
     -------
@@ -54,7 +56,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     tokens, num_heads, head_dim = heads.shape
     if tokens:
-        rotate_kernel[(tokens, cdiv(num_heads, _HEADS))](
+        rotate_kernel[(tokens, cdiv(num_heads, tile[0]))](
             heads,
             heads.stride(0),
             heads.stride(1),
@@ -64,14 +66,17 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             sin.stride(0),
             num_heads,
             HALF=head_dim // 2,
-            HEADS=_HEADS,
-            num_warps=2,
+            HEADS=tile[0],
+            num_warps=tile[1],
         )
     return heads
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` of ``[T, 2 I]`` (gate first): ``[T, I]``, contiguous."""
+def silu_mul(gate_up: Tensor, tile: tuple[int, int] = _SILU_TILE) -> Tensor:
+    """``silu(gate) * up`` of ``[T, 2 I]`` (gate first): ``[T, I]``, contiguous.
+
+    ``tile``: columns and warps per program.
+    """
     width = gate_up.shape[-1] // 2
     if not dispatch.use_triton(gate_up):
         gate, up = gate_up.chunk(2, -1)
@@ -80,14 +85,17 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
     out = gate_up.new_empty(len(gate_up), width)
     if len(out):
-        silu_mul_kernel[(len(out), cdiv(width, _SILU_TILE))](
-            gate_up, gate_up.stride(0), out, width, TILE=_SILU_TILE
+        silu_mul_kernel[(len(out), cdiv(width, tile[0]))](
+            gate_up, gate_up.stride(0), out, width, TILE=tile[0], num_warps=tile[1]
         )
     return out
 
 
-def copy_rows(source: Tensor, target: Tensor) -> None:
-    """Copy ``[A, B, C, W]`` into another layout; rows of ``W`` are contiguous in both."""
+def copy_rows(source: Tensor, target: Tensor, tile: tuple[int, int] = _ROW_TILE) -> None:
+    """Copy ``[A, B, C, W]`` into another layout; rows of ``W`` are contiguous in both.
+
+    ``tile``: elements and warps per program.
+    """
     if not dispatch.use_triton(source):
         target.copy_(source)
         return
@@ -95,15 +103,16 @@ def copy_rows(source: Tensor, target: Tensor) -> None:
 
     outer, rows, inner, width = source.shape
     padded = next_power_of_2(width)
-    tile = max(1, _ROW_ELEMENTS // padded)
+    count = max(1, tile[0] // padded)
     if source.numel():
-        copy_rows_kernel[(cdiv(rows, tile), inner, outer)](
+        copy_rows_kernel[(cdiv(rows, count), inner, outer)](
             source,
             *source.stride()[:3],
             target,
             *target.stride()[:3],
             rows,
             width,
-            TILE=tile,
+            TILE=count,
             WIDTH=padded,
+            num_warps=tile[1],
         )

@@ -10,7 +10,13 @@ from tca_kernels.dispatch import cdiv, next_power_of_2
 _TILE_BYTES = 8192
 
 
-def move_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
+def move_rows(
+    source: Tensor,
+    source_rows: Tensor,
+    target: Tensor,
+    target_rows: Tensor,
+    max_programs: int | None = None,
+) -> None:
     """``target[target_rows] = source[source_rows]``, across devices.
 
     Between a GPU and pinned host memory the GPU itself reads or writes the host's rows, so that
@@ -21,6 +27,7 @@ def move_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: 
     source, target : ``[N, ...]`` and ``[M, ...]``, contiguous, of one dtype; a row's elements are
         a power of two
     source_rows, target_rows : int32 ``[n]``, on any device
+    max_programs : of the GPU's, so that other work finds room beside the copy
     """
     device = source.device if source.is_cuda else target.device
     pinned = all(pool.is_cuda or pool.is_pinned() for pool in (source, target))
@@ -40,7 +47,10 @@ def move_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: 
     count = source_rows.numel()
     tile = min(max(1, _TILE_BYTES // (width * source.element_size())), 1024)
     if count:
-        move_kernel[(cdiv(count, tile),)](
+        programs = cdiv(count, tile)
+        if max_programs is not None:
+            programs = min(programs, max_programs)
+        move_kernel[(programs,)](
             source,
             source_rows.to(device),
             target,

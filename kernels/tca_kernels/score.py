@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,17 +15,30 @@ from torch import Tensor
 from tca_kernels import dispatch, reference
 from tca_kernels.dispatch import cdiv, check_pool, host_table, next_power_of_2, upload
 
-_PROGRAMS_PER_SM = 8
+logger = logging.getLogger(__name__)
+
 _MERGE_BLOCK = 16
+_PAIRED_ROWS = (64, 128)
+_PAIRED_HEAD_DIMS = (64, 128)
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Tile of both scoring kernels: keys per step, and Triton's warps and stages."""
+    """How both scoring kernels run.
+
+    Attributes
+    ----------
+    block : keys per step
+    num_warps, num_stages : of a program
+    programs : per multiprocessor; more share the work more evenly, and each costs a start
+    paired : score two items that share a list in one program (Hopper only, see ``fits_paired``)
+    """
 
     block: int
     num_warps: int
     num_stages: int
+    programs: int = 8
+    paired: bool = False
 
 
 def default_config(rows: int, head_dim: int, dtype: torch.dtype) -> ScoreConfig:
@@ -30,10 +47,50 @@ def default_config(rows: int, head_dim: int, dtype: torch.dtype) -> ScoreConfig:
     return ScoreConfig(64, num_warps=8 if wide else 4, num_stages=2 if wide else 3)
 
 
-def _max_rows(head_dim: int, dtype: torch.dtype) -> int:
+PAIRED_CONFIG = ScoreConfig(64, num_warps=4, num_stages=3, programs=4, paired=True)
+
+
+def fits_paired(q: Tensor, kv: Tensor, start: Tensor) -> bool:
+    """Whether the paired kernels take these inputs: several prefixes of one list per head."""
+    rows = q.shape[1] * q.shape[2] // start.shape[1]
+    return _PAIRED_ROWS[0] // 2 < rows <= _PAIRED_ROWS[-1] and _pairable(q, kv, start)
+
+
+def _pairable(q: Tensor, kv: Tensor, start: Tensor) -> bool:
+    """``fits_paired`` for a suitable number of probes."""
+    return (
+        q.is_cuda
+        and len(q) > 1
+        and start.stride(0) == 0
+        and q.dtype == kv.dtype
+        and kv.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[3] in _PAIRED_HEAD_DIMS
+        and _has_paired(q.device)
+    )
+
+
+@functools.cache
+def _has_paired(device: torch.device) -> bool:
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        importlib.import_module("tca_kernels.gluon.score")
+    except (ImportError, AttributeError) as error:
+        # Gluon is young: its names change between versions of Triton.
+        logger.warning("scoring without its Hopper kernels, which need Triton 3.6: %s", error)
+        return False
+    return True
+
+
+def _probes_at_once(q: Tensor, kv: Tensor, start: Tensor, config: ScoreConfig | None) -> int:
+    """Probes whose rows one matrix product takes, all products about equally many."""
     # Float32 operands are split into three parts, which need shared memory of their own.
-    query_bytes = 32768 if dtype == torch.float32 else 65536
-    return min(query_bytes // (head_dim * dtype.itemsize), 256)
+    query_bytes = 32768 if kv.dtype == torch.float32 else 65536
+    rows = min(query_bytes // (q.shape[3] * kv.dtype.itemsize), 256)
+    if config is None and _pairable(q, kv, start):
+        rows = min(rows, _PAIRED_ROWS[-1])
+    most = max(rows // (q.shape[2] // start.shape[1]), 1)
+    return cdiv(q.shape[1], cdiv(q.shape[1], most))
 
 
 def probe_scores(
@@ -82,7 +139,7 @@ def probe_scores(
     if not dispatch.use_triton(q):
         return reference.probe_scores(q, kv, arena, start, lengths, counts, scale)
     probes = q.shape[1]
-    step = _max_rows(q.shape[3], kv.dtype) // (q.shape[2] // start.shape[1])
+    step = _probes_at_once(q, kv, start, config)
     if probes <= step:
         return _score_triton(q, kv, arena, start, lengths, counts, scale, config)
     # More rows than one matrix product takes. Earlier probes see a prefix of the list.
@@ -105,19 +162,20 @@ def _score_triton(
     scale: float,
     config: ScoreConfig | None,
 ) -> Tensor:
-    from tca_kernels.triton.score import (
-        probe_lse_kernel,
-        probe_merge_kernel,
-        probe_weights_kernel,
-    )
+    from tca_kernels.triton.score import probe_merge_kernel
 
     items, probes, num_q_heads, head_dim = q.shape
     num_heads = start.shape[1]
     pairs = items * num_heads
     group = num_q_heads // num_heads
     rows = max(16, next_power_of_2(probes * group))
-    config = config or default_config(rows, head_dim, kv.dtype)
-    chunk = _chunk(int(lengths.sum()), config.block, q.device)
+    if config is None:
+        paired = fits_paired(q, kv, start)
+        config = PAIRED_CONFIG if paired else default_config(rows, head_dim, kv.dtype)
+    if config.paired:
+        rows = max(rows, _PAIRED_ROWS[0])
+    groups = cdiv(items, 2) if config.paired else items
+    chunk = _chunk(int(lengths.max()), groups * num_heads, config, q.device)
     num_chunks = cdiv(int(lengths.max()), chunk)
 
     ends = counts.flatten().cumsum(0)
@@ -127,24 +185,45 @@ def _score_triton(
     partial = torch.empty(num_chunks, pairs, rows, dtype=torch.float32, device=q.device)
     lse = torch.empty(pairs, rows, dtype=torch.float32, device=q.device)
     queries = (q, q.stride(0), q.stride(1), q.stride(2))
-    lists = (kv, arena, start, start.stride(0), start.stride(1), table)
     sizes = (scale * math.log2(math.e), items, num_heads, chunk)
     shape = {"PROBES": probes, "GROUP": group, "ROWS": rows, "D": head_dim, "BLOCK": config.block}
-    launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    probe_lse_kernel[(pairs, num_chunks)](*queries, *lists, partial, *sizes, **shape, **launch)
+    (first, first_launch), (second, second_launch) = _kernels(config, rows)
+    strides = start.stride()[1:] if config.paired else start.stride()
+    lists = (kv, arena, start, *strides, table)
+    programs = groups * num_heads
+    first[(programs, num_chunks)](*queries, *lists, partial, *sizes, **shape, **first_launch)
     probe_merge_kernel[(pairs,)](partial, table, lse, pairs, chunk, ROWS=rows, BLOCK=_MERGE_BLOCK)
-    probe_weights_kernel[(pairs, cdiv(int(counts.max()), chunk))](
-        *queries, *lists, lse, scores, *sizes, **shape, **launch
+    second[(programs, cdiv(int(counts.max()), chunk))](
+        *queries, *lists, lse, scores, *sizes, **shape, **second_launch
     )
     return scores
 
 
-def _chunk(total: int, block: int, device: torch.device) -> int:
-    """Slots per program: several programs per multiprocessor, but enough to repay their start."""
+def _kernels(
+    config: ScoreConfig, rows: int
+) -> tuple[tuple[Any, dict[str, int]], tuple[Any, dict[str, int]]]:
+    """The kernels of both passes, each with its launch options."""
+    if config.paired:
+        from tca_kernels.gluon import score as paired
+
+        # Logits have a row per probe in the first pass, per key in the second; a warp takes 16.
+        first, second = (
+            {"num_warps": min(config.num_warps, n // 16), "STAGES": config.num_stages}
+            for n in (rows, config.block)
+        )
+        return (paired.paired_lse_kernel, first), (paired.paired_weights_kernel, second)
+    from tca_kernels.triton import score as single
+
+    launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return (single.probe_lse_kernel, launch), (single.probe_weights_kernel, launch)
+
+
+def _chunk(longest: int, lists: int, config: ScoreConfig, device: torch.device) -> int:
+    """Slots per program: whole rounds of programs, but enough slots to repay a program's start."""
     sms = (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
         else 1
     )
-    wanted = cdiv(total, sms * _PROGRAMS_PER_SM)
-    return min(max(cdiv(wanted, block), 8), 64) * block
+    chunks = max(sms * config.programs // lists, 1)
+    return min(max(cdiv(cdiv(longest, chunks), config.block), 8), 128) * config.block

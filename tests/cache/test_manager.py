@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +24,9 @@ from tca_runtime.cache.radix_tree import Namespace
 from tca_runtime.cache.reclaim import CoreChooser
 from tca_runtime.cache.sequence import Sequence
 from tca_runtime.cache.slot_pool import OutOfSlotsError, SlotPool
+from tca_runtime.cache.transfer import Transfers
 from tca_runtime.cache.views import ViewTable
+from tests.cache.late_transfers import LateTransfers
 
 LAYERS, HEADS, CAPACITY = 2, 2, 60
 ROWS = LAYERS * HEADS
@@ -43,11 +46,19 @@ def make_manager(
     host_tokens: int = 0,
     choose_core: CoreChooser | None = None,
     may_prune: bool = True,
+    transfers: Transfers | None = None,
 ) -> CacheManager:
     pool = SlotPool(tokens * ROWS + 1, 2, torch.float32, CPU)
     host = SlotPool(host_tokens * ROWS + 1, 2, torch.float32, CPU) if host_tokens else None
     views = ViewTable(requests, LAYERS, HEADS, (8 * tokens + 1600) * ROWS, CPU)
-    return CacheManager(pool, views, host=host, choose_core=choose_core, may_prune=may_prune)
+    return CacheManager(
+        pool,
+        views,
+        host=host,
+        choose_core=choose_core,
+        may_prune=may_prune,
+        transfers=transfers,
+    )
 
 
 def prefix_value(tokens: np.ndarray, row: int) -> float:
@@ -75,6 +86,7 @@ def assert_readable(manager: CacheManager, run: Running, complete: bool) -> None
     lists = manager.views.lists(torch.tensor([run.sequence.view.index]))
     for row in range(ROWS):
         layer, head = divmod(row, HEADS)
+        manager.transfers.wait_for(layer)
         begin = int(lists.start[0, layer, head])
         slots = lists.arena[begin : begin + int(lists.length[0, layer, head])]
         expected = [prefix_value(run.tokens[: i + 1], row) for i in range(run.sequence.computed)]
@@ -97,13 +109,16 @@ class CacheMachine(RuleBasedStateMachine):
     host_tokens = 0
     choose_core: CoreChooser | None = None
     may_prune = True
+    late = False
 
     def __init__(self) -> None:
         super().__init__()
+        self.transfers = LateTransfers(LAYERS) if self.late else None
         self.manager = make_manager(
             host_tokens=self.host_tokens,
             choose_core=type(self).choose_core,
             may_prune=self.may_prune,
+            transfers=self.transfers,
         )
         self.running: list[Running] = []
 
@@ -167,10 +182,22 @@ class CacheMachine(RuleBasedStateMachine):
         if not self.running:
             assert self.manager.usage().tree_slots == 0
 
+    @precondition(lambda self: self.late)
+    @rule(count=st.integers(1, 4))
+    def copies_proceed(self, count: int) -> None:
+        assert self.transfers is not None
+        self.transfers.proceed(count)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def read(self, data: st.DataObject) -> None:
+        assert_readable(self.manager, self.pick(data), complete=not self.prunes)
+
     @invariant()
     def consistent(self) -> None:
         self.manager.check()
-        for run in self.running:
+        # Reading waits for copies, and late ones are to stay late.
+        for run in [] if self.late else self.running:
             assert_readable(self.manager, run, complete=not self.prunes)
 
     @property
@@ -205,7 +232,28 @@ class OffloadingMachine(CacheMachine):
     host_tokens = 40
 
 
-MACHINES = [CacheMachine, PruningMachine, DemotingMachine, TieredMachine, OffloadingMachine]
+class LateDemotingMachine(DemotingMachine):
+    late = True
+
+
+class LateTieredMachine(TieredMachine):
+    late = True
+
+
+class LateOffloadingMachine(OffloadingMachine):
+    late = True
+
+
+MACHINES = [
+    CacheMachine,
+    PruningMachine,
+    DemotingMachine,
+    TieredMachine,
+    OffloadingMachine,
+    LateDemotingMachine,
+    LateTieredMachine,
+    LateOffloadingMachine,
+]
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -226,6 +274,33 @@ def test_pressure_is_really_reached(machine: type[CacheMachine]) -> None:
         assert counts.demoted and counts.promoted
     else:
         assert counts.pruned
+
+
+@pytest.mark.parametrize("machine", [m for m in MACHINES if m.late])
+def test_late_copies_never_meet_a_new_owner(machine: type[CacheMachine]) -> None:
+    """Four prompts take turns in a pool for one and a half: all of them leave and come back."""
+    transfers = LateTransfers(LAYERS)
+    manager = make_manager(
+        22, 4, machine.host_tokens, machine.choose_core, machine.may_prune, transfers
+    )
+    dice = random.Random(0)
+    for _ in range(200):
+        tokens = np.arange(14, dtype=np.int32) + 100 * dice.randrange(4)
+        sequence = manager.begin(manager.match(NAMESPACES[0], tokens[:-1]), len(tokens))
+        assert sequence is not None
+        run = Running(NAMESPACES[0], tokens, sequence)
+        begin = sequence.computed
+        write(manager, run, begin, manager.extend(sequence, len(tokens) - begin))
+        transfers.proceed(dice.randrange(3))
+        if dice.random() < 0.7:
+            assert_readable(manager, run, complete=not machine.may_prune)
+        manager.commit(run.namespace, sequence, tokens)
+        manager.release(run.namespace, sequence, tokens)
+        if dice.random() < 0.1:
+            manager.flush()
+        manager.check()
+    counts = manager.reclaimer.counts
+    assert counts.demoted and counts.promoted and counts.evicted
 
 
 def run_prompt(

@@ -162,3 +162,15 @@ def test_the_host_waits_for_tokens_only(model: Path) -> None:
         torch.cuda.set_sync_debug_mode("default")
     while not engine.scheduler.planner.is_idle:
         engine.scheduler.run_once()
+
+
+def test_demoted_prefixes_answer_as_if_they_had_stayed(model: Path) -> None:
+    """Full attention needs every slot: one that is read before it is back shows in the tokens."""
+    prompts = random_prompts([2000, 1800, 1900], seed=6)
+    roomy = loop(model, "cuda", "triton", tokens=20000)
+    expected = [roomy.generate([prompt], 12)[0] for prompt in prompts]
+    tight = loop(model, "cuda", "triton", tokens=4000, host_cache_size=0.05)
+    for _ in range(3):
+        assert [tight.generate([prompt], 12)[0] for prompt in prompts] == expected
+    counts = tight.engine.cache.reclaimer.counts
+    assert counts.demoted > 0 and counts.promoted > 0

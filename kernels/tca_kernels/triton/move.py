@@ -19,11 +19,12 @@ def move_kernel(
     TILE: tl.constexpr,
 ):
     """``target[target_slot] = source[source_slot]``; rows of ``WIDTH`` elements."""
-    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    valid = row < num_rows
-    source = tl.load(source_slot_ptr + row, mask=valid, other=0).to(tl.int64)
-    target = tl.load(target_slot_ptr + row, mask=valid, other=0).to(tl.int64)
     lane = tl.arange(0, WIDTH)
-    mask = valid[:, None]
-    values = tl.load(source_ptr + source[:, None] * WIDTH + lane[None, :], mask=mask)
-    tl.store(target_ptr + target[:, None] * WIDTH + lane[None, :], values, mask=mask)
+    for first in range(tl.program_id(0) * TILE, num_rows, tl.num_programs(0) * TILE):
+        row = first + tl.arange(0, TILE)
+        valid = row < num_rows
+        source = tl.load(source_slot_ptr + row, mask=valid, other=0).to(tl.int64)
+        target = tl.load(target_slot_ptr + row, mask=valid, other=0).to(tl.int64)
+        mask = valid[:, None]
+        values = tl.load(source_ptr + source[:, None] * WIDTH + lane[None, :], mask=mask)
+        tl.store(target_ptr + target[:, None] * WIDTH + lane[None, :], values, mask=mask)

@@ -109,10 +109,12 @@ def block_topk_kernel(
     keep = tl.load(keep_ptr + row_start + block, mask=valid, other=0)
     end = tl.load(keep_end_ptr + row_start + block, mask=valid, other=0)
 
-    mine = score[:, :, None]
-    theirs = score[:, None, :]
-    tied = (theirs == mine) & (lane[None, None, :] < lane[None, :, None])
-    rank = tl.sum(((theirs > mine) | tied).to(tl.int32), axis=2)
+    # The others lie on the first axis: each thread then counts for entries of its own, and no
+    # sum crosses threads.
+    mine = score[:, None, :]
+    theirs = score[:, :, None]
+    tied = (theirs == mine) & (lane[None, :, None] < lane[None, None, :])
+    rank = tl.sum(((theirs > mine) | tied).to(tl.int32), axis=1)
     kept = rank < keep[:, None]
     place = (end - keep)[:, None] + tl.cumsum(kept.to(tl.int32), axis=1) - 1
     tl.store(index_ptr + place, block[:, None] * BLOCK + lane[None, :], mask=kept)

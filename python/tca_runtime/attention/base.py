@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -197,6 +197,7 @@ class AttentionBackend(ABC):
     Attributes
     ----------
     batches_selections : whether it takes ``AttentionStep.choose_views``
+    before_layer : called with a layer's number before anything is read of its slots
     """
 
     batches_selections = False
@@ -205,6 +206,7 @@ class AttentionBackend(ABC):
         """``kv``: the slot pool's storage, ``[num_slots, 2, D]``."""
         self.shape = shape
         self.kv = kv
+        self.before_layer: Callable[[int], None] = lambda layer: None
 
     @abstractmethod
     def begin(self, step: AttentionStep) -> LayerAttention:

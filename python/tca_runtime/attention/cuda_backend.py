@@ -139,6 +139,7 @@ class CudaBackend(AttentionBackend):
         new_slots, num_decode = step.new_slots, step.num_decode
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.before_layer(layer)
             write_kv(k, v, self.kv, new_slots[layer])
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             if decode is not None:

@@ -37,6 +37,7 @@ class TorchBackend(AttentionBackend):
         ]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.before_layer(layer)
             slots = step.new_slots[layer].long()
             self.kv[slots, 0] = k
             self.kv[slots, 1] = v

@@ -17,6 +17,7 @@ from tca_runtime.cache.radix_tree import Namespace, PrefixMatch, RadixTree, Toke
 from tca_runtime.cache.reclaim import CoreChooser, Reclaimer
 from tca_runtime.cache.sequence import Sequence
 from tca_runtime.cache.slot_pool import SlotPool
+from tca_runtime.cache.transfer import Transfers, create_transfers
 from tca_runtime.cache.views import ViewTable
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 DECODE_BLOCK = 32
 # Tokens by which a full view grows: each growth copies the lists once.
 VIEW_GROWTH = 512
+# One slot in so many is kept free where demotion runs beside the steps.
+HEADROOM = 64
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class CacheManager:
     share_prefixes : False disables the tree; every request then computes its whole prompt
     host : host tier, None for none
     choose_core, may_prune : how cold prefixes shrink, see ``Reclaimer``
+    transfers : carries slots between the tiers; what suits the pool's device if absent
+
+    Attributes
+    ----------
+    transfers : attention asks it for each layer before it reads there
     """
 
     def __init__(
@@ -65,11 +73,21 @@ class CacheManager:
         host: SlotPool | None = None,
         choose_core: CoreChooser | None = None,
         may_prune: bool = True,
+        transfers: Transfers | None = None,
     ) -> None:
         self.pool = pool
         self.views = views
         self.tree = RadixTree()
-        self.reclaimer = Reclaimer(self.tree, pool, host, choose_core, may_prune)
+        self.transfers = transfers or create_transfers(views.num_layers, pool.kv.device)
+        self.reclaimer = Reclaimer(
+            self.tree,
+            pool,
+            host,
+            choose_core,
+            may_prune,
+            transfers=self.transfers,
+            headroom=pool.capacity // HEADROOM if pool.kv.is_cuda else 0,
+        )
         self.share_prefixes = share_prefixes
         self._running: set[Sequence] = set()
 
@@ -94,8 +112,8 @@ class CacheManager:
     def begin(self, match: PrefixMatch, headroom: int) -> Sequence | None:
         """Lock a prefix for a request and open its view with room for ``headroom`` tokens.
 
-        What the prefix has in the host tier comes back to the device first. None when slots or
-        the view table have no room; nothing is locked then.
+        What the prefix has in the host tier starts to come back, layer by layer. None when slots
+        or the view table have no room; nothing is locked then.
         """
         handle = self.tree.lock(match)
         path = self.tree.path(handle)
@@ -104,8 +122,7 @@ class CacheManager:
         view = None
         if needed <= self.pool.num_free + self.tree.evictable_slots:
             self.reclaimer.make_room(needed)
-            for node in demoted:
-                self.reclaimer.promote(node)
+            self.reclaimer.promote(demoted)
             view = self.views.open([node.slots for node in path], headroom)
         if view is None:
             self.tree.unlock(handle)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tca_kernels.move import move_rows
 from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.radix_tree import RadixNode, RadixTree
 from tca_runtime.cache.slot_pool import SlotPool
+from tca_runtime.cache.transfer import Transfers
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,9 @@ class Reclaimer:
     host : second pool, in host memory; None for none
     choose_core : None keeps nodes complete until they are demoted whole or evicted
     may_prune : whether slots may be dropped for good while their node stays
+    transfers : carries slots between the tiers
+    headroom : device slots to have free ahead of need, so that demotion runs beside the steps
+        before the one that wants the room
     """
 
     def __init__(
@@ -59,12 +63,17 @@ class Reclaimer:
         host: SlotPool | None = None,
         choose_core: CoreChooser | None = None,
         may_prune: bool = True,
+        *,
+        transfers: Transfers,
+        headroom: int = 0,
     ) -> None:
         self._tree = tree
         self._pool = pool
         self.host = host
         self._choose_core = choose_core
         self._may_prune = may_prune
+        self._transfers = transfers
+        self._headroom = headroom
         self.counts = ReclaimCounts()
 
     def make_room(self, num_slots: int) -> None:
@@ -78,26 +87,36 @@ class Reclaimer:
                     break
         while self._pool.num_free < num_slots and (node := self._tree.leaves.pop()):
             self._evict(node, num_slots - self._pool.num_free)
+        if self.host is not None and self._pool.num_free < num_slots + self._headroom:
+            self._demote_ahead(num_slots + self._headroom)
 
     def evict_all(self) -> None:
         """Remove every unlocked prefix."""
         while node := self._tree.leaves.pop():
             self._evict(node, None)
 
-    def promote(self, node: RadixNode) -> None:
-        """Bring a demoted node back; the caller made sure that there is room."""
-        assert self.host is not None and node.host is not None
-        slots = self._pool.allocate(node.host.num_slots)
-        _copy(self.host, node.host.slots, self._pool, slots)
-        self.host.free(node.host.slots)
-        self.counts.promoted += node.host.num_slots
-        merged = HeadSlots.merge(node.slots, node.host.with_slots(slots))
-        self._tree.replace(node, merged, None)
+    def promote(self, nodes: Sequence[RadixNode]) -> None:
+        """Bring demoted nodes back; the caller made sure that there is room.
+
+        The slots are theirs at once, K and V arrive layer by layer (``Transfers.wait_for``).
+        """
+        lists: list[tuple[HeadSlots, Tensor]] = []
+        for node in nodes:
+            assert node.host is not None
+            lists.append((node.host, self._pool.allocate(node.host.num_slots)))
+        if not lists:
+            return
+        assert self.host is not None
+        self._transfers.fetch(self.host, self._pool, lists)
+        for node, (lost, slots) in zip(nodes, lists, strict=True):
+            self.host.free(lost.slots)
+            self.counts.promoted += lost.num_slots
+            self._tree.replace(node, HeadSlots.merge(node.slots, lost.with_slots(slots)), None)
 
     def prune(self, node: RadixNode, keep: Tensor) -> None:
         """Drop for good the slots of a node where ``keep`` (bool ``[num_slots]``) is False."""
         core, rest = node.slots.partition(keep)
-        self._pool.free(rest.slots)
+        self._free(rest.slots)
         self.counts.pruned += rest.num_slots
         self._tree.replace(node, core, node.host)
 
@@ -128,8 +147,8 @@ class Reclaimer:
         if self.host is None or not self._make_host_room(rest.num_slots, node):
             return False
         slots = self.host.allocate(rest.num_slots)
-        _copy(self._pool, rest.slots, self.host, slots)
-        self._pool.free(rest.slots)
+        sent = self._transfers.send(self._pool, rest.slots, self.host, slots)
+        self._pool.free(rest.slots, after=sent)
         self.counts.demoted += rest.num_slots
         moved = rest.with_slots(slots)
         if core is None:
@@ -168,15 +187,22 @@ class Reclaimer:
             if tail < len(node.tokens):
                 self._tree.split_tail(node, tail)
         self._tree.remove(node)
-        self._pool.free(node.slots.slots)
+        self._free(node.slots.slots)
         self.counts.evicted += node.slots.num_slots
         if node.host is not None:
             assert self.host is not None
             self.host.free(node.host.slots)
             self.counts.evicted += node.host.num_slots
 
+    def _free(self, slots: Tensor) -> None:
+        """Free device slots of a node, some of which may still be arriving."""
+        self._pool.free(slots, after=self._transfers.pending)
 
-def _copy(source: SlotPool, source_slots: Tensor, target: SlotPool, target_slots: Tensor) -> None:
-    """Copy K, V and importance of slots between pools, one of which may be in host memory."""
-    move_rows(source.kv, source_slots, target.kv, target_slots)
-    target.importance[target_slots] = source.importance[source_slots]
+    def _demote_ahead(self, num_slots: int) -> None:
+        """Demote complete nodes until ``num_slots`` are free; drops nothing for it."""
+        assert self.host is not None
+        while self._pool.num_free < num_slots and (node := self._tree.full.pop()):
+            if self.host.num_free < node.slots.num_slots:
+                self._tree.full.offer(node)
+                return
+            self._shrink(node)

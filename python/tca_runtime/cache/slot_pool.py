@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor
+
+from tca_runtime.cache.transfer import Event
 
 
 class OutOfSlotsError(RuntimeError):
@@ -51,30 +55,47 @@ class SlotPool:
         # Ascending on top of the stack, so that a fresh pool hands out contiguous runs.
         self._stack = torch.arange(num_slots - 1, 0, -1, dtype=torch.int32, device=device)
         self._height = self.capacity
+        # Free, but a copy still reads or writes them; the oldest copy is first.
+        self._leaving: deque[tuple[Event, Tensor]] = deque()
+        self._num_leaving = 0
 
     @property
     def num_free(self) -> int:
-        return self._height
+        return self._height + self._num_leaving
 
     def allocate(self, count: int) -> Tensor:
-        """Take ``count`` slots: int32 ``[count]``."""
-        if count > self._height:
-            raise OutOfSlotsError(f"{count} slots wanted, {self._height} free of {self.capacity}")
+        """Take ``count`` slots: int32 ``[count]``. The stream waits for copies only if it must."""
+        if count > self.num_free:
+            raise OutOfSlotsError(f"{count} slots wanted, {self.num_free} free of {self.capacity}")
+        self._settle(count)
         self._height -= count
         slots = self._stack[self._height : self._height + count].flip(0)
         self.importance[slots] = 0
         return slots
 
-    def free(self, slots: Tensor) -> None:
-        """Give slots back (any shape)."""
+    def free(self, slots: Tensor, after: Event | None = None) -> None:
+        """Give slots back (any shape); ``after``: a copy that they still take part in."""
         flat = slots.reshape(-1)
+        if self.num_free + flat.numel() > self.capacity:
+            total = self.num_free + flat.numel()
+            raise RuntimeError(f"slots freed twice: {total} free of {self.capacity}")
+        if after is not None:
+            self._leaving.append((after, flat))
+            self._num_leaving += flat.numel()
+            return
         top = self._height + flat.numel()
-        if top > self.capacity:
-            raise RuntimeError(f"slots freed twice: {top} free of {self.capacity}")
         # Reversed, so that allocating the same slots again yields them in the same order.
         self._stack[self._height : top] = flat.flip(0)
         self._height = top
 
     def free_slots(self) -> Tensor:
         """The free slots themselves, for integrity checks."""
-        return self._stack[: self._height]
+        return torch.cat([self._stack[: self._height], *(slots for _, slots in self._leaving)])
+
+    def _settle(self, wanted: int) -> None:
+        """Take back what copies are done with, and wait for more until ``wanted`` are there."""
+        while self._leaving and (self._height < wanted or self._leaving[0][0].query()):
+            event, slots = self._leaving.popleft()
+            event.wait()
+            self._num_leaving -= slots.numel()
+            self.free(slots)

@@ -87,6 +87,7 @@ class Engine:
             may_prune=config.sparsity.tca_retention != "never",
         )
         self.backend = create_backend(config.attention.attention_backend, self.shape, pool.kv)
+        self.backend.before_layer = self.cache.transfers.wait_for
         self.sampler = Sampler(loaded.config.vocab_size, self.device)
         self.is_asynchronous = self.device.type == "cuda"
         # The newest token of every row of the view table; padding reads the last one.

@@ -53,7 +53,7 @@ def load_model(args: ModelArgs) -> LoadedModel:
         dtype = _dtype(args.dtype, config, device)
         source: WeightSource = DummySource(dtype, device)
     else:
-        config, source = _open_checkpoint(resolve(args.model_path))
+        config, source = open_checkpoint(resolve(args.model_path))
         dtype = _dtype(args.dtype, config, device)
     config = _with_context_length(config, args)
     model = Decoder(config, WeightBuilder(source, dtype, device))
@@ -69,7 +69,8 @@ def read_config(path: Path) -> ModelConfig:
     return _open_gguf(path)[1]
 
 
-def _open_checkpoint(path: Path) -> tuple[ModelConfig, WeightSource]:
+def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightSource]:
+    """A checkpoint's configuration and its weights, from a directory or a GGUF file."""
     if path.is_dir():
         return config_from_directory(path), SafetensorsSource(path)
     file, config = _open_gguf(path)

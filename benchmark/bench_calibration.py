@@ -131,9 +131,9 @@ class Evaluation:
         grid = Grid.build(BLOCK_SIZE)
         self._tables = {
             (PHASES[phase], str(contender), ratio): contender.table(totals, grid, phase, ratio)
-            for phase in range(len(PHASES))
+            for phase, ratios in enumerate((args.prefill_ratios, args.ratios))
             for contender in args.contenders
-            for ratio in args.ratios
+            for ratio in ratios
         }
 
     def prompts(self) -> list[LongPrompt]:
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     load = load_before()
     PARTIAL.mkdir(parents=True, exist_ok=True)
-    what = (args.model, args.seed, args.tokens, args.granularity, args.ratios)
+    what = (args.model, args.seed, args.tokens, args.granularity, args.ratios, args.prefill_ratios)
     key = hashlib.sha256(f"{what} {[str(c) for c in args.contenders]}".encode()).hexdigest()[:8]
     partial = PARTIAL / f"{args.name}-{key}.jsonl"
     done = {}
@@ -268,7 +268,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, nargs=2, default=[2560, 4096], help="shortest and longest prompt")
     add("--granularity", type=int, default=1024, help="queries that share a prefill selection")
     add("--seed", type=int, default=0)
-    add("--ratios", type=float, nargs="+", default=[0.1, 0.25, 0.39])
+    add("--ratios", type=float, nargs="+", default=[0.1, 0.25, 0.39], help="of decode views")
+    add("--prefill-ratios", type=float, nargs="*", default=[0.05, 0.1, 0.25])
     add(
         "--contenders",
         type=Contender.parse,

@@ -16,16 +16,22 @@ from tca_runtime.config import (
     SparsityArgs,
 )
 from tca_runtime.engine.engine import Engine
-from tca_runtime.messages import FinishReason, GenerateRequest, TokenBatch, TokenOutput
+from tca_runtime.messages import (
+    Control,
+    ControlReply,
+    FinishReason,
+    GenerateRequest,
+    TokenOutput,
+)
 from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.scheduler.scheduler import Scheduler
-from tests.scheduler.fakes import Mailbox, NoGrammars
+from tests.scheduler.fakes import Harness, Mailbox, NoGrammars
 
 WINDOW = 64
 
 
-class Server:
-    """Scheduler and engine in one process, without sockets."""
+class Server(Harness):
+    """A scheduler over a real engine in one process, without sockets."""
 
     def __init__(
         self,
@@ -55,7 +61,9 @@ class Server:
         grammars: Any = NoGrammars()
         self.scheduler = Scheduler(config, self.engine, grammars, box, box, 32768)
 
-    def submit(self, rid: str, prompt: Sequence[int], max_new: int = 12, **params: Any) -> None:
+    def submit(  # type: ignore[override]
+        self, rid: str, prompt: Sequence[int], max_new: int = 12, **params: Any
+    ) -> None:
         self.mail.inbound.append(
             GenerateRequest(
                 rid=rid,
@@ -67,19 +75,7 @@ class Server:
         )
 
     def run(self, steps: int = 5000) -> None:
-        for _ in range(steps):
-            self.scheduler.run_once()
-            if self.scheduler.planner.is_idle and not self.mail.inbound:
-                self.engine.cache.check()
-                return
-        raise AssertionError("the scheduler did not finish")
-
-    def outputs(self, rid: str) -> list[TokenOutput]:
-        batches = [m for m in self.mail.outbound if isinstance(m, TokenBatch)]
-        return [o for batch in batches for o in batch.outputs if o.rid == rid]
-
-    def tokens(self, rid: str) -> list[int]:
-        return [t for output in self.outputs(rid) for t in output.token_ids]
+        super().run(steps)
 
     def last(self, rid: str) -> TokenOutput:
         return self.outputs(rid)[-1]
@@ -202,6 +198,25 @@ def test_immediate_retention_frees_what_is_not_kept() -> None:
     window_share = (WINDOW + 64 + 4) / 3003
     assert usage.tree_slots / usage.full_equivalent_slots <= 0.31 + window_share
     assert server.engine.cache.reclaimer.counts.pruned > 0
+
+
+def test_tree_report_shows_what_each_layer_keeps() -> None:
+    server = Server(tca_retention="immediate")
+    server.ask(prompt(1, 3000), 4)
+    server.ask(prompt(1, 3000), 4)
+    server.mail.inbound.append(Control(call_id="c", action="tree"))
+    server.run()
+    (reply,) = [m for m in server.mail.outbound if isinstance(m, ControlReply)]
+    assert reply.ok
+    nodes = reply.payload["nodes"]
+    usage = server.engine.cache.usage()
+    assert sum(node["slots"] for node in nodes) == usage.tree_slots
+    assert sum(node["tokens"] for node in nodes) == usage.cached_tokens
+    (pruned,) = [node for node in nodes if node["state"] == "pruned"]
+    assert (
+        pruned["hits"] >= 1 and len(pruned["kept_ratio_by_layer"]) == server.engine.shape.num_layers
+    )
+    assert all(0.2 < ratio < 0.5 for ratio in pruned["kept_ratio_by_layer"])
 
 
 def test_a_pruned_prefix_is_shared() -> None:

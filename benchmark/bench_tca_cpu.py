@@ -136,14 +136,14 @@ def figures_of(full: Sequence[Run], tca: Sequence[Run], chunks: int) -> list[Fig
         _share(per_chunk * chunks, sparse[0]),
         _share(per_step, sparse[1]),
     )
-    wanted: tuple[Any, ...] = ("x", "at least", WANTED_SPEEDUP)
+    ratio = functools.partial(Figure, unit="x", sense="at least", limit=WANTED_SPEEDUP)
     return [
         Figure("prefill, full attention", dense[0], "s"),
         Figure("prefill, tca", sparse[0], "s"),
-        Figure("prefill, full / tca", prefill_ratio, *wanted, rounds[0]),
+        ratio("prefill, full / tca", prefill_ratio, detail=rounds[0]),
         Figure("decode step, full attention", 1e3 * dense[1], "ms"),
         Figure("decode step, tca", 1e3 * sparse[1], "ms", detail=kept),
-        Figure("decode step, full / tca", decode_ratio, *wanted, rounds[1]),
+        ratio("decode step, full / tca", decode_ratio, detail=rounds[1]),
         Figure("selection in prefill", 100 * selection / sparse[0], "%", detail=shares[0]),
         Figure("bookkeeping per prefill chunk", 1e3 * per_chunk, "ms", detail=shares[1]),
         Figure("bookkeeping per decode step", 1e3 * per_step, "ms", detail=shares[2]),

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
+from tca_runtime.cache.sequence import Sequence as CachedSequence
 from tca_runtime.config import (
     CacheArgs,
     ModelArgs,
@@ -277,6 +279,25 @@ def test_retracted_requests_resume_right() -> None:
         assert len(got) == 200
         # A resumed request selects anew, with later queries: the same start, then its own way.
         assert got[:60] == alone[i][:60]
+
+
+def test_no_more_queries_than_the_granularity_share_a_selection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = Server(chunk=8192)
+    sizes: list[int] = []
+    extend = server.engine.cache.extend
+
+    def recording(sequence: CachedSequence, num_tokens: int) -> Tensor:
+        sizes.append(num_tokens)
+        return extend(sequence, num_tokens)
+
+    monkeypatch.setattr(server.engine.cache, "extend", recording)
+    server.ask(prompt(1, 5000), 1)
+    assert sizes == [2048, 2048, 904]
+    sizes.clear()
+    server.ask(prompt(2, 5000), 1, tca=False)
+    assert sizes == [5000]
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "keydiff", "expected-attention", "streaming"])

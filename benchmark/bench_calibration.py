@@ -272,7 +272,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, nargs=2, default=[2560, 4096], help="shortest and longest prompt")
     add("--granularity", type=int, default=1024, help="queries that share a prefill selection")
     add("--seed", type=int, default=0)
-    add("--ratios", type=float, nargs="+", default=[0.1, 0.25, 0.39], help="of decode views")
+    add("--ratios", type=float, nargs="*", default=[0.1, 0.25, 0.39], help="of decode views")
     add("--prefill-ratios", type=float, nargs="*", default=[0.05, 0.1, 0.25])
     add(
         "--contenders",

@@ -15,7 +15,7 @@ from tca_runtime.tokenizer.loading import load_tokenizer
 
 pytestmark = pytest.mark.slow
 
-PROMPT, NEW_TOKENS = 1500, 24
+PROMPT, NEW_TOKENS = 800, 12
 
 
 def is_cached(name: str) -> bool:

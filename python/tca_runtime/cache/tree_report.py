@@ -19,7 +19,7 @@ def describe_tree(tree: RadixTree, num_layers: int, limit: int) -> dict[str, Any
     namespace_of = {root: i for i, root in enumerate(tree.namespaces().values())}
     found = sorted(tree.nodes(), key=lambda node: (-node.last_access, node.slots.begin))
     number: dict[RadixNode, int] = {}
-    nodes = []
+    nodes: list[dict[str, Any]] = []
     for node in found[:limit]:
         parent = node.parent
         assert parent is not None

@@ -46,6 +46,16 @@ BESIDE = 256
 FACTS = 8
 EXPERIMENTS = ("one-user", "two-users", "pressure-host", "pressure", "memory")
 FULL = "full attention"
+# Answers per document. "full-second" is full attention's side of the experiments under pressure.
+ANSWERS = {
+    "one-user": 2,
+    "two-users": 4,
+    "full-second": 1,
+    "pressure-host": 1,
+    "pressure": 1,
+    "memory": 1,
+}
+MEMORY_DOCUMENTS = 4
 
 
 @dataclass(frozen=True)
@@ -128,52 +138,52 @@ def ask(server: InProcessServer, bench: Bench, number: int, which: int, tca: boo
     return server.ask([prompt], NEW_TOKENS, tca=tca)[0]
 
 
-def one_user(bench: Bench) -> Iterator[dict[str, Any]]:
+def one_user(bench: Bench, first: int) -> Iterator[dict[str, Any]]:
     """Every document's first question, with full attention and with TCA, nothing cached."""
     server = bench.server(1.5)
-    for number in range(len(bench.documents)):
+    for number in range(first, len(bench.documents)):
         for mode, tca in ((FULL, False), ("tca", True)):
             server.engine.cache.flush()
             yield bench.row(ask(server, bench, number, 0, tca), number, 0, mode)
 
 
-def two_users(bench: Bench) -> Iterator[dict[str, Any]]:
+def two_users(bench: Bench, first: int) -> Iterator[dict[str, Any]]:
     """Two questions on a cached document; full attention does the same."""
     server = bench.server(3.0)
-    for number in range(len(bench.documents)):
+    for number in range(first, len(bench.documents)):
         for mode, tca in ((FULL, False), ("tca", True)):
             server.engine.cache.flush()
             for which in (0, 1):
                 yield bench.row(ask(server, bench, number, which, tca), number, which, mode)
 
 
-def pressure(bench: Bench, host_gib: float) -> Iterator[dict[str, Any]]:
+def pressure(bench: Bench, first: int, host_gib: float) -> Iterator[dict[str, Any]]:
     """First question on a document, then the second question on the one before."""
     server = bench.server(bench.args.pool, host_gib=host_gib)
     counts = server.engine.cache.reclaimer.counts
     count = len(bench.documents)
-    for number in range(count + 1):
+    for number in range(first, count + 1):
         if number < count:
             ask(server, bench, number, 0, True)
-        if number:
+        if number > first:
             row = bench.row(ask(server, bench, number - 1, 1, True), number - 1, 1, "tca")
             yield {**row, **asdict(counts)}
 
 
-def full_second(bench: Bench) -> Iterator[dict[str, Any]]:
+def full_second(bench: Bench, first: int) -> Iterator[dict[str, Any]]:
     """Full attention's answers to the second questions, for ``pressure``."""
     server = bench.server(1.5)
-    for number in range(len(bench.documents)):
+    for number in range(first, len(bench.documents)):
         server.engine.cache.flush()
         yield bench.row(ask(server, bench, number, 1, False), number, 1, FULL)
 
 
-def memory(bench: Bench) -> Iterator[dict[str, Any]]:
+def memory(bench: Bench, first: int) -> Iterator[dict[str, Any]]:
     """Slots that cached prompts hold under immediate retention."""
     server = bench.server(3.0, retention="immediate")
     settings = server.engine.sparsity
     assert settings is not None
-    for number in range(min(4, len(bench.documents))):
+    for number in range(first, min(MEMORY_DOCUMENTS, len(bench.documents))):
         server.engine.cache.flush()
         row = bench.row(ask(server, bench, number, 0, True), number, 0, "tca")
         usage = server.engine.cache.usage()
@@ -187,17 +197,38 @@ def memory(bench: Bench) -> Iterator[dict[str, Any]]:
         }
 
 
-def rows_of(name: str, bench: Bench) -> Iterator[dict[str, Any]]:
-    """The measurements of one experiment."""
+def rows_of(name: str, bench: Bench, first: int) -> Iterator[dict[str, Any]]:
+    """The measurements of one experiment, from the ``first`` document on."""
     runs: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-        "one-user": lambda: one_user(bench),
-        "two-users": lambda: two_users(bench),
-        "full-second": lambda: full_second(bench),
-        "pressure-host": lambda: pressure(bench, bench.args.host_gib),
-        "pressure": lambda: pressure(bench, 0.0),
-        "memory": lambda: memory(bench),
+        "one-user": lambda: one_user(bench, first),
+        "two-users": lambda: two_users(bench, first),
+        "full-second": lambda: full_second(bench, first),
+        "pressure-host": lambda: pressure(bench, first, bench.args.host_gib),
+        "pressure": lambda: pressure(bench, first, 0.0),
+        "memory": lambda: memory(bench, first),
     }
     return runs[name]()
+
+
+def measure(bench: Bench, name: str, deadline: float) -> list[dict[str, Any]]:
+    """What an experiment has measured so far, going on until it is done or time is up."""
+    path = PARTIAL / f"{_key(bench.args, name)}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    each = ANSWERS[name]
+    documents = len(bench.documents)
+    documents = min(MEMORY_DOCUMENTS, documents) if name == "memory" else documents
+    done = len(rows) // each
+    del rows[done * each :]
+    if done < documents and time.monotonic() < deadline:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with path.open("a") as file:
+            for row in rows_of(name, bench, done):
+                rows.append(row)
+                print(json.dumps(row), file=file, flush=True)
+                if len(rows) % each == 0 and time.monotonic() > deadline:
+                    break
+    print(f"{name}: {len(rows) // each} of {documents} documents", flush=True)
+    return rows[: len(rows) // each * each]
 
 
 def accuracy(label: str, rows: Sequence[dict[str, Any]]) -> Figure:
@@ -214,7 +245,8 @@ def compare(
     yield accuracy(f"{name}: {FULL}", full)
     yield accuracy(f"{name}: tca", tca)
     by_place = {(row["document"], row["question"]): row for row in full}
-    pairs = [(by_place[row["document"], row["question"]], row) for row in tca]
+    places = [(row, (row["document"], row["question"])) for row in tca]
+    pairs = [(by_place[place], row) for row, place in places if place in by_place]
     lost = sum(a["right"] and not b["right"] for a, b in pairs)
     won = sum(b["right"] and not a["right"] for a, b in pairs)
     same = sum(a["answer"] == b["answer"] for a, b in pairs)
@@ -252,7 +284,7 @@ def figures_of(measured: dict[str, list[dict[str, Any]]]) -> Iterator[Figure]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing; the exit status is 1 if a target is missed."""
+    """Measure what is missing; the exit status is 1 if a target is missed."""
     args = _parse(argv)
     load = load_before()
     try:
@@ -260,22 +292,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BooksError as error:
         sys.exit(f"error: {error}")
     PARTIAL.mkdir(parents=True, exist_ok=True)
-    measured: dict[str, list[dict[str, Any]]] = {}
-    begin = time.monotonic()
     names = [*args.experiments]
     if any(name.startswith("pressure") for name in names):
         names.insert(0, "full-second")
-    for name in names:
-        path = PARTIAL / f"{_key(args, name)}.json"
-        if path.exists():
-            measured[name] = json.loads(path.read_text())
-            continue
-        if time.monotonic() - begin > args.max_seconds:
-            print(f"{name} is still to be done; run it again")
-            return 0
-        measured[name] = list(rows_of(name, bench))
-        path.write_text(json.dumps(measured[name]))
-        print(f"{name}: done after {time.monotonic() - begin:.0f} s", flush=True)
+    deadline = time.monotonic() + args.max_seconds
+    measured = {name: measure(bench, name, deadline) for name in names}
     found = list(figures_of(measured))
     print(format_figures(found))
     settings = {**vars(args), "load_before": load}
@@ -305,7 +326,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--host-gib", type=float, default=2.0, help="host tier of pressure-host")
     add("--chunked-prefill-size", type=int, default=2048)
     add("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
-    add("--max-seconds", type=float, default=1e9, help="start no experiment after this")
+    add("--max-seconds", type=float, default=1e9, help="stop after the document that exceeds this")
     add("--name", default="qwen0.5b", help="of the results file")
     return parser.parse_args(argv)
 

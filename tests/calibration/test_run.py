@@ -209,7 +209,7 @@ def test_samples_take_kinds_in_turn_and_ends_of_prompts() -> None:
     [
         (["--threshold", "1.2"], "--threshold"),
         (["--samples", "1"], "--samples"),
-        (["--ratio", "0.4"], "--objective output-error"),
+        (["--objective", "mass", "--ratio", "0.4"], "--objective output-error"),
         (["--objective", "output-error", "--ratio", "x"], "--ratio x"),
         (["--floor", "0.1,0.2,0.3"], "--floor 0.1,0.2,0.3"),
         (["--objective", "output-error", "--ratio", "0.1", "--floor", "0.2"], "--floor"),
@@ -234,6 +234,7 @@ def test_thresholds_and_phases_have_their_own_ratio() -> None:
     assert [goal.ratios for goal in same.goals] == [(0.3, 0.3)] * 2
     assert [goal.floors for goal in same.goals] == [(0.05, 0.2)] * 2
     assert [goal.ratios for goal in parse_options(flags).goals] == [None]
+    assert parse_options(flags[:4]).goals == (Goal(0.9, "output-error"),)
 
 
 def test_heat_map_is_drawn_later_from_the_file(

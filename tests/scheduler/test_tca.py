@@ -259,6 +259,14 @@ def test_without_host_tier_pressure_prunes_before_it_evicts() -> None:
     assert server.last("again").cached_tokens == 1500
 
 
+def test_a_host_tier_that_cannot_be_had_degrades_to_pruning() -> None:
+    server = Server(tokens=4000, host_gib=1e9)
+    answers = [server.ask(prompt(i, 1500), 2) for i in range(4)]
+    assert all(len(answer) == 2 for answer in answers)
+    counts = server.engine.cache.reclaimer.counts
+    assert counts.pruned > 0 and counts.demoted == 0
+
+
 def test_full_attention_never_reads_a_pruned_prefix() -> None:
     document, question = prompt(1, 1500), prompt(2, 20)
     expected = Server(disable_tca=True).ask(document + question)

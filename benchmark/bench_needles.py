@@ -298,6 +298,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + args.max_seconds
     measured = {name: measure(bench, name, deadline) for name in names}
     found = list(figures_of(measured))
+    if not found:
+        print("nothing to compare yet; run it again")
+        return 0
     print(format_figures(found))
     settings = {**vars(args), "load_before": load}
     print(save_figures(f"needles_{args.name}", settings, found, measured))

@@ -15,6 +15,7 @@ from benchmark.in_process import InProcessServer
 from benchmark.intervals import bootstrap_mean, bootstrap_ratio, wilson
 from benchmark.long_prompts import BOOKS, BooksError, books, document, make_prompts, paragraphs
 from benchmark.teacher_forcing import TeacherForcing
+from tca_runtime.attention.triton_backend import TritonBackend
 from tca_runtime.calibration.grid import Grid
 from tca_runtime.calibration.observer import Totals
 from tca_runtime.config import CacheArgs, ModelArgs, RuntimeConfig, SchedulerArgs, SparsityArgs
@@ -109,8 +110,11 @@ def settings(ratio: float) -> SparsitySettings:
     )
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize("ratio", [1.0, 0.2])
-def test_teacher_forcing_repeats_what_the_server_generates(tmp_path: Path, ratio: float) -> None:
+def test_teacher_forcing_repeats_what_the_server_generates(
+    tmp_path: Path, ratio: float, backend: str
+) -> None:
     model = ModelArgs(model_path=str(write_model(tmp_path / "m")), device="cpu")
     prompt = np.random.default_rng(0).integers(0, 256, 900).astype(np.int32)
     server = InProcessServer(
@@ -128,6 +132,9 @@ def test_teacher_forcing_repeats_what_the_server_generates(tmp_path: Path, ratio
     )
     answer = server.ask([prompt.tolist()], 12)[0]
     forcing = TeacherForcing(model, 1000)
+    if backend == "cuda":
+        # Its layout of the work, with the kernels' references.
+        forcing.engine.backend = TritonBackend(forcing.engine.shape, forcing.engine.cache.pool.kv)
     wanted = settings(ratio)
     computed = forcing.prefill(prompt, len(answer.token_ids), wanted)
     view = computed.decode_view(wanted.decode)

@@ -68,10 +68,13 @@ def prefix_value(tokens: np.ndarray, row: int) -> float:
 
 @dataclass(eq=False)
 class Running:
+    """A request; ``selected`` is what each row's view listed when it was last selected."""
+
     namespace: Namespace
     tokens: np.ndarray
     sequence: Sequence
-    salt: str = field(default="")
+    selected_at: int = 0
+    selected: list[list[float]] = field(default_factory=list)
 
 
 def write(manager: CacheManager, run: Running, begin: int, slots: torch.Tensor) -> None:
@@ -91,7 +94,9 @@ def assert_readable(manager: CacheManager, run: Running, complete: bool) -> None
         slots = lists.arena[begin : begin + int(lists.length[0, layer, head])]
         expected = [prefix_value(run.tokens[: i + 1], row) for i in range(run.sequence.computed)]
         found = manager.pool.kv[slots.long(), 0, 0].tolist()
-        if complete or not run.namespace.prunable:
+        if run.selected:
+            assert found == run.selected[row] + expected[run.selected_at :]
+        elif complete or not run.namespace.prunable:
             assert found == expected
         else:
             rest = iter(expected)
@@ -167,6 +172,28 @@ class CacheMachine(RuleBasedStateMachine):
         run = self.pick(data)
         if run.sequence.allocated == run.sequence.computed:
             self.manager.commit(run.namespace, run.sequence, run.tokens[: run.sequence.computed])
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), seed=st.integers(0, 1 << 16), drop=st.booleans())
+    def select(self, data: st.DataObject, seed: int, drop: bool) -> None:
+        """Show a part, other tokens in every row; with immediate retention drop the others."""
+        run = self.pick(data)
+        sequence = run.sequence
+        if not run.namespace.prunable or sequence.allocated != sequence.computed:
+            return
+        lists = HeadSlots.concat(self.manager.parts(sequence))
+        chance = torch.rand(lists.num_slots, generator=torch.Generator().manual_seed(seed))
+        keep = (chance < 0.6) | (lists.positions == lists.end - 1)
+        kept = lists.partition(keep)[0]
+        if not self.manager.show(sequence, kept.lengths, kept.slots):
+            return
+        run.selected_at = sequence.computed
+        run.selected = [
+            [prefix_value(run.tokens[: p + 1], row) for p in positions.tolist()]
+            for row, (positions, _) in enumerate(kept.split_rows())
+        ]
+        if drop and self.prunes:
+            self.manager.prune(sequence, lists, keep)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), keep=st.booleans())
@@ -317,6 +344,21 @@ def run_prompt(
     manager.release(namespace, sequence, tokens)
     manager.check()
     return cached
+
+
+def test_a_view_that_cannot_be_replaced_is_kept() -> None:
+    manager = make_manager(tokens=30)
+    tokens = np.arange(10, dtype=np.int32)
+    sequence = manager.begin(manager.match(NAMESPACES[0], tokens), 10)
+    assert sequence is not None
+    manager.extend(sequence, 10)
+    before = manager.views.lists(torch.tensor([sequence.view.index]))
+    # Another view takes all but the arena's last entries.
+    assert manager.views.open([], manager.views.num_free // ROWS) is not None
+    lists = HeadSlots.concat(manager.parts(sequence))
+    assert not manager.show(sequence, lists.lengths, lists.slots)
+    after = manager.views.lists(torch.tensor([sequence.view.index]))
+    assert torch.equal(after.start, before.start) and torch.equal(after.length, before.length)
 
 
 def test_prefix_is_shared_within_a_namespace_only() -> None:

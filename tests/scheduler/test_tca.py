@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
+from tca_runtime.cache.sequence import Sequence as CachedSequence
 from tca_runtime.config import (
     CacheArgs,
     ModelArgs,
@@ -16,16 +18,22 @@ from tca_runtime.config import (
     SparsityArgs,
 )
 from tca_runtime.engine.engine import Engine
-from tca_runtime.messages import FinishReason, GenerateRequest, TokenBatch, TokenOutput
+from tca_runtime.messages import (
+    Control,
+    ControlReply,
+    FinishReason,
+    GenerateRequest,
+    TokenOutput,
+)
 from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.scheduler.scheduler import Scheduler
-from tests.scheduler.fakes import Mailbox, NoGrammars
+from tests.scheduler.fakes import Harness, Mailbox, NoGrammars
 
 WINDOW = 64
 
 
-class Server:
-    """Scheduler and engine in one process, without sockets."""
+class Server(Harness):
+    """A scheduler over a real engine in one process, without sockets."""
 
     def __init__(
         self,
@@ -57,7 +65,9 @@ class Server:
         grammars: Any = NoGrammars()
         self.scheduler = Scheduler(config, self.engine, grammars, box, box, 32768)
 
-    def submit(self, rid: str, prompt: Sequence[int], max_new: int = 12, **params: Any) -> None:
+    def submit(  # type: ignore[override]
+        self, rid: str, prompt: Sequence[int], max_new: int = 12, **params: Any
+    ) -> None:
         self.mail.inbound.append(
             GenerateRequest(
                 rid=rid,
@@ -69,19 +79,7 @@ class Server:
         )
 
     def run(self, steps: int = 5000) -> None:
-        for _ in range(steps):
-            self.scheduler.run_once()
-            if self.scheduler.planner.is_idle and not self.mail.inbound:
-                self.engine.cache.check()
-                return
-        raise AssertionError("the scheduler did not finish")
-
-    def outputs(self, rid: str) -> list[TokenOutput]:
-        batches = [m for m in self.mail.outbound if isinstance(m, TokenBatch)]
-        return [o for batch in batches for o in batch.outputs if o.rid == rid]
-
-    def tokens(self, rid: str) -> list[int]:
-        return [t for output in self.outputs(rid) for t in output.token_ids]
+        super().run(steps)
 
     def last(self, rid: str) -> TokenOutput:
         return self.outputs(rid)[-1]
@@ -206,6 +204,25 @@ def test_immediate_retention_frees_what_is_not_kept() -> None:
     assert server.engine.cache.reclaimer.counts.pruned > 0
 
 
+def test_tree_report_shows_what_each_layer_keeps() -> None:
+    server = Server(tca_retention="immediate")
+    server.ask(prompt(1, 3000), 4)
+    server.ask(prompt(1, 3000), 4)
+    server.mail.inbound.append(Control(call_id="c", action="tree"))
+    server.run()
+    (reply,) = [m for m in server.mail.outbound if isinstance(m, ControlReply)]
+    assert reply.ok
+    nodes = reply.payload["nodes"]
+    usage = server.engine.cache.usage()
+    assert sum(node["slots"] for node in nodes) == usage.tree_slots
+    assert sum(node["tokens"] for node in nodes) == usage.cached_tokens
+    (pruned,) = [node for node in nodes if node["state"] == "pruned"]
+    assert (
+        pruned["hits"] >= 1 and len(pruned["kept_ratio_by_layer"]) == server.engine.shape.num_layers
+    )
+    assert all(0.2 < ratio < 0.5 for ratio in pruned["kept_ratio_by_layer"])
+
+
 def test_a_pruned_prefix_is_shared() -> None:
     server = Server(tca_retention="immediate")
     document = prompt(1, 2000)
@@ -244,6 +261,14 @@ def test_without_host_tier_pressure_prunes_before_it_evicts() -> None:
     assert server.last("again").cached_tokens == 1500
 
 
+def test_a_host_tier_that_cannot_be_had_degrades_to_pruning() -> None:
+    server = Server(tokens=4000, host_gib=1e9)
+    answers = [server.ask(prompt(i, 1500), 2) for i in range(4)]
+    assert all(len(answer) == 2 for answer in answers)
+    counts = server.engine.cache.reclaimer.counts
+    assert counts.pruned > 0 and counts.demoted == 0
+
+
 def test_full_attention_never_reads_a_pruned_prefix() -> None:
     document, question = prompt(1, 1500), prompt(2, 20)
     expected = Server(disable_tca=True).ask(document + question)
@@ -264,6 +289,25 @@ def test_retracted_requests_resume_right() -> None:
         assert len(got) == 200
         # A resumed request selects anew, with later queries: the same start, then its own way.
         assert got[:60] == alone[i][:60]
+
+
+def test_no_more_queries_than_the_granularity_share_a_selection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = Server(chunk=8192)
+    sizes: list[int] = []
+    extend = server.engine.cache.extend
+
+    def recording(sequence: CachedSequence, num_tokens: int) -> Tensor:
+        sizes.append(num_tokens)
+        return extend(sequence, num_tokens)
+
+    monkeypatch.setattr(server.engine.cache, "extend", recording)
+    server.ask(prompt(1, 5000), 1)
+    assert sizes == [2048, 2048, 904]
+    sizes.clear()
+    server.ask(prompt(2, 5000), 1, tca=False)
+    assert sizes == [5000]
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "keydiff", "expected-attention", "streaming"])

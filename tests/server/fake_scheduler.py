@@ -133,7 +133,7 @@ class FakeScheduler:
     def _reply(self, message: Control) -> ControlReply:
         if message.action == "flush_cache" and self._active:
             return ControlReply(call_id=message.call_id, ok=False, message="requests are running")
-        payload = STATE if message.action == "state" else {}
+        payload = {"state": STATE, "tree": {"nodes": [], **message.args}}.get(message.action, {})
         return ControlReply(
             call_id=message.call_id, ok=True, message=f"{message.action} done", payload=payload
         )

@@ -44,6 +44,14 @@ def test_server_info(server: Server, path: str) -> None:
     assert info["max_running_requests"] == 64
 
 
+def test_tree(server: Server) -> None:
+    assert server.get("/tca/tree").json() == {"nodes": []}
+    assert server.get("/tca/tree?limit=5").json() == {"nodes": [], "limit": 5}
+    for wrong in ("0", "-1", "x", "1e3", "", "9" * 5000):
+        response = server.get(f"/tca/tree?limit={wrong}")
+        assert response.status_code == 400 and response.json()["param"] == "limit"
+
+
 def test_load(server: Server) -> None:
     eventually(lambda: bool(server.manager.scheduler_state))
     expected = {"dp_rank": 0, "num_reqs": 3, "num_waiting_reqs": 1, "num_tokens": 257}

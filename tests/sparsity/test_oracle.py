@@ -9,8 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tca_runtime.attention.base import AttentionShape, AttentionStep, HeadLists, PrefillChunk
+from tca_runtime.attention.base import (
+    AttentionBackend,
+    AttentionShape,
+    AttentionStep,
+    HeadLists,
+    PrefillChunk,
+)
 from tca_runtime.attention.registry import create_backend
+from tca_runtime.attention.triton_backend import TritonBackend
 from tca_runtime.cache.manager import CacheManager
 from tca_runtime.cache.radix_tree import Namespace
 from tca_runtime.cache.sequence import Sequence
@@ -55,7 +62,12 @@ class Model:
         pool = SlotPool(4 * tokens * LAYERS * HEADS + 1, DIM, torch.float32, CPU)
         views = ViewTable(4, LAYERS, HEADS, 40 * (tokens + 600), CPU)
         self.cache = CacheManager(pool, views)
-        self.backend = create_backend(backend, self.shape, pool.kv)
+        self.backend: AttentionBackend
+        if backend == "cuda":
+            # Its layout of the work, with the kernels' references.
+            self.backend = TritonBackend(self.shape, pool.kv)
+        else:
+            self.backend = create_backend(backend, self.shape, pool.kv)
         table = BudgetTable.uniform(ratio, LAYERS, HEADS, BLOCK)
         self.sparsity = RequestSparsity(
             SparsitySettings(
@@ -150,11 +162,14 @@ def masked_attention(model: Model, layer: int, tokens: slice, mask: Tensor) -> T
     return torch.einsum("hgnm,mhd->nhgd", weights, v).reshape(q.shape[0], -1)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+# Chunk size and prompt length: several chunks each, the last one shorter.
+SIZES = [(1, 45), (7, 90), (64, 200), (512, 560)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "cuda"])
 @pytest.mark.parametrize("policy", list(POLICIES))
-@pytest.mark.parametrize(
-    ("group", "chunk", "tokens"), [(1, 7, 90), (3, 64, 200), (7, 512, 700), (3, 1, 45)]
-)
+@pytest.mark.parametrize(("chunk", "tokens"), SIZES)
+@pytest.mark.parametrize("group", [1, 3, 7])
 def test_views_equal_masked_attention(
     backend: str, policy: str, group: int, chunk: int, tokens: int
 ) -> None:
@@ -169,8 +184,10 @@ def test_views_equal_masked_attention(
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))
-def test_prefix_hit_selects_anew_from_everything(policy: str) -> None:
-    model = Model(3, policy, 0.3, "cpu", 160)
+@pytest.mark.parametrize("group", [1, 3, 7])
+@pytest.mark.parametrize("chunk", [1, 7, 60])
+def test_prefix_hit_selects_anew_from_everything(policy: str, group: int, chunk: int) -> None:
+    model = Model(group, policy, 0.3, "cpu", 160)
     ids = np.arange(160, dtype=np.int32)
     first = model.cache.begin(model.cache.match(Namespace(), ids), 160)
     assert first is not None
@@ -179,7 +196,8 @@ def test_prefix_hit_selects_anew_from_everything(policy: str) -> None:
     model.cache.release(Namespace(), first, ids[:100])
     again = model.cache.begin(model.cache.match(Namespace(), ids), 160)
     assert again is not None and again.computed == 100
-    model.prefill(again, 60)
+    while again.computed < 160:
+        model.prefill(again, min(chunk, 160 - again.computed))
     model.decode(again, 2)
     model.cache.release(Namespace(), again, ids[:160])
     model.cache.check()

@@ -213,14 +213,17 @@ class CacheManager:
             parts.append(owned.split(sequence.computed)[0])
         return parts
 
-    def show(self, sequence: Sequence, lengths: NDArray[np.int64], slots: Tensor) -> None:
+    def show(self, sequence: Sequence, lengths: NDArray[np.int64], slots: Tensor) -> bool:
         """Let a sequence attend to ``slots`` only (row after row), and to what follows.
 
-        Without room for the new lists it keeps seeing what it saw.
+        False without room for the new lists: it keeps seeing what it saw, none of which may then
+        be dropped.
         """
         assert sequence.allocated == sequence.computed
-        if not self.views.replace(sequence.view, lengths, slots, VIEW_GROWTH):
-            logger.warning("the view arena is full: a request keeps its old view")
+        if self.views.replace(sequence.view, lengths, slots, VIEW_GROWTH):
+            return True
+        logger.warning("the view arena is full: a request keeps its old view")
+        return False
 
     def prune(self, sequence: Sequence, lists: HeadSlots, keep: Tensor) -> None:
         """Drop for good what a committed sequence's view does not show.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tca_runtime.cache.tree_report import describe_tree
 from tca_runtime.messages import Control, ControlReply
 from tca_runtime.scheduler.planner import StepPlan
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Generation throughput is averaged over this many seconds.
 RATE_WINDOW = 5.0
+# Nodes that ``/tca/tree`` shows unless asked for more.
+TREE_NODES = 1000
 
 
 class ControlHandler:
@@ -94,11 +97,9 @@ class ControlHandler:
         return "", self.state()
 
     def _tree(self, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        nodes = [
-            {"tokens": len(node.tokens), "slots": node.slots.num_slots, "hits": node.hits}
-            for node in self._engine.cache.tree.nodes()
-        ]
-        return "", {"nodes": nodes}
+        cache = self._engine.cache
+        limit = args.get("limit", TREE_NODES)
+        return "", describe_tree(cache.tree, cache.views.num_layers, limit)
 
     def _start_profile(self, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if self._profiler is not None:

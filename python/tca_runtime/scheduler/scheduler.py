@@ -265,8 +265,8 @@ class Scheduler:
         if view is None or request.sequence is None:
             return
         cache = self.engine.cache
-        cache.show(request.sequence, view.lengths, view.slots)
-        if self._retention == "immediate":
+        shown = cache.show(request.sequence, view.lengths, view.slots)
+        if shown and self._retention == "immediate":
             cache.prune(request.sequence, view.lists, view.keep)
 
     def _stream(self, requests: list[Request]) -> None:

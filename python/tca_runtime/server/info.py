@@ -20,6 +20,7 @@ from tca_runtime.tokenizer.state import TextRequest
 
 _DEEP_HEALTH_SECONDS = 20.0
 _STATE_SECONDS = 5.0
+_MAX_TREE_NODES = 100_000
 
 
 def info_router(context: ServerContext) -> APIRouter:
@@ -66,6 +67,12 @@ def info_router(context: ServerContext) -> APIRouter:
     @router.get("/server_info")
     async def server_info() -> Response:
         return json_response(await _server_info(context))
+
+    @router.get("/tca/tree")
+    async def tree(http: Request) -> Response:
+        limit = http.query_params.get("limit")
+        args = {} if limit is None else {"limit": _tree_limit(limit)}
+        return json_response((await manager.control("tree", args)).payload)
 
     @router.get("/get_load")
     async def get_load() -> Response:
@@ -149,3 +156,9 @@ def _router_load(load: dict[str, Any]) -> dict[str, Any]:
         "num_waiting_reqs": waiting,
         "num_tokens": load["num_used_tokens"] + load["num_waiting_uncached_tokens"],
     }
+
+
+def _tree_limit(text: str) -> int:
+    if len(text) > 6 or not text.isdecimal() or not 1 <= int(text) <= _MAX_TREE_NODES:
+        raise RequestError(f"limit must be an integer in [1, {_MAX_TREE_NODES}]", param="limit")
+    return int(text)

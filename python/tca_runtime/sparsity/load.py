@@ -41,7 +41,8 @@ def load_settings(
         if path is None:
             logger.warning(
                 "no TCA configuration for this model: serving with full attention. Calibrate with\n"
-                "  python -m tca_runtime.calibrate --model-path %s --output tca.json\n"
+                "  python -m tca_runtime.calibrate --model-path %s --ratio 0.15,0.39 "
+                "--output tca.json\n"
                 "and serve with --tca-config tca.json, or try --tca-config uniform:0.39",
                 model_path,
             )

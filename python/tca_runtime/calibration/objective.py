@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tca_runtime.sparsity.calibration.grid import Grid
+from tca_runtime.calibration.grid import Grid
 
 # Bounds of the price of one head's whole cache, in units of relative squared error.
 PRICE_RANGE = (1e-12, 1e6)

@@ -8,9 +8,8 @@ import torch
 
 from tca_runtime.attention.base import AttentionShape
 from tca_runtime.cache.head_slots import HeadSlots
-from tca_runtime.sparsity.budget import BudgetTable
-from tca_runtime.sparsity.calibration.grid import Grid
-from tca_runtime.sparsity.calibration.observer import (
+from tca_runtime.calibration.grid import Grid
+from tca_runtime.calibration.observer import (
     DECODE_QUERIES,
     OUTPUT_QUERIES,
     PHASES,
@@ -18,6 +17,7 @@ from tca_runtime.sparsity.calibration.observer import (
     ChunkObserver,
     Totals,
 )
+from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.chooser import layer_lists
 from tca_runtime.sparsity.layout import Layout
 from tca_runtime.sparsity.policies.tca import TCAPolicy

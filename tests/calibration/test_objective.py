@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from tca_runtime.sparsity.calibration.choose import Goal
-from tca_runtime.sparsity.calibration.grid import Grid
-from tca_runtime.sparsity.calibration.objective import cheapest, least_error
-from tca_runtime.sparsity.calibration.observer import Totals
+from tca_runtime.calibration.choose import Goal
+from tca_runtime.calibration.grid import Grid
+from tca_runtime.calibration.objective import cheapest, least_error
+from tca_runtime.calibration.observer import Totals
 
 SMALL = Grid(np.zeros(5), np.ones(5), np.array([0.1, 0.1, 0.3, 0.6, 1.0]), 64)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tca_runtime.calibration.data import CalibrationData
+from tca_runtime.calibration.options import DEFAULT_DATA
 from tca_runtime.sparsity import load
-from tca_runtime.sparsity.calibration.data import CalibrationData
-from tca_runtime.sparsity.calibration.options import DEFAULT_DATA
 from tca_runtime.sparsity.settings import CalibrationFile, ModelIdentity
 
 CONFIGS = sorted((Path(load.__file__).parent / "configs").glob("*.json"))

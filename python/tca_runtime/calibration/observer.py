@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tca_runtime.attention.base import AttentionShape, HeadLists
 from tca_runtime.cache.head_slots import HeadSlots
-from tca_runtime.sparsity.calibration.grid import Grid
-from tca_runtime.sparsity.calibration.measure import Attended, output_error, rank, retained_mass
+from tca_runtime.calibration.grid import Grid
+from tca_runtime.calibration.measure import Attended, output_error, rank, retained_mass
 from tca_runtime.sparsity.chooser import layer_lists
 from tca_runtime.sparsity.layout import Layout
 from tca_runtime.sparsity.selection import LayerScores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import msgspec
 import numpy as np
 import pytest
 
-from tca_runtime import calibrate as program
-from tca_runtime.calibrate import CalibrationError, Calibrator, calibrate, main
+from tca_runtime.calibrate import main
+from tca_runtime.calibration.calibrator import CalibrationError, Calibrator
+from tca_runtime.calibration.choose import Goal
+from tca_runtime.calibration.data import CalibrationData, DataError, Tokens
+from tca_runtime.calibration.observer import Totals
+from tca_runtime.calibration.options import Options, parse_options
+from tca_runtime.calibration.report import main as show
+from tca_runtime.calibration.run import calibrate
 from tca_runtime.config import ModelArgs, SparsityArgs
-from tca_runtime.sparsity.calibration.choose import Goal
-from tca_runtime.sparsity.calibration.data import CalibrationData, DataError, Tokens
-from tca_runtime.sparsity.calibration.observer import Totals
-from tca_runtime.sparsity.calibration.options import Options, parse_options
 from tca_runtime.sparsity.load import load_settings
 from tca_runtime.sparsity.settings import CalibrationFile, ConfigurationError, ModelIdentity
+from tca_runtime.tokenizer.loading import load_tokenizer
 
 LENGTH = 3200
 TINY = ModelArgs(load_format="dummy", model_config="tiny", device="cpu")
@@ -91,7 +95,7 @@ def test_held_out_figures_are_of_the_last_samples(
 ) -> None:
     calibrator = Calibrator(TINY, LENGTH)
     texts = CalibrationData.load(options.data)
-    encode = program.load_tokenizer(TINY).encode
+    encode = load_tokenizer(TINY).encode
     last = calibrator.measure(texts.samples(encode, 3, LENGTH, options.seed)[-1])
     grid = calibrator.grid
     for phase, name in enumerate(("prefill", "decode")):
@@ -205,7 +209,7 @@ def test_samples_take_kinds_in_turn_and_ends_of_prompts() -> None:
     [
         (["--threshold", "1.2"], "--threshold"),
         (["--samples", "1"], "--samples"),
-        (["--ratio", "0.4"], "--objective output-error"),
+        (["--objective", "mass", "--ratio", "0.4"], "--objective output-error"),
         (["--objective", "output-error", "--ratio", "x"], "--ratio x"),
         (["--floor", "0.1,0.2,0.3"], "--floor 0.1,0.2,0.3"),
         (["--objective", "output-error", "--ratio", "0.1", "--floor", "0.2"], "--floor"),
@@ -230,3 +234,23 @@ def test_thresholds_and_phases_have_their_own_ratio() -> None:
     assert [goal.ratios for goal in same.goals] == [(0.3, 0.3)] * 2
     assert [goal.floors for goal in same.goals] == [(0.05, 0.2)] * 2
     assert [goal.ratios for goal in parse_options(flags).goals] == [None]
+    assert parse_options(flags[:4]).goals == (Goal(0.9, "output-error"),)
+
+
+def test_heat_map_is_drawn_later_from_the_file(
+    written: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    written[0].with_suffix(".png").unlink()
+    assert show([str(written[0])]) == 0
+    assert written[0].with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "threshold 0.6" in capsys.readouterr().out
+    assert show([str(written[0].with_suffix(".png"))]) == 1
+    assert "cannot read the TCA configuration" in capsys.readouterr().err
+
+
+def test_missing_matplotlib_is_said_with_the_command(
+    written: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert show([str(written[0])]) == 0
+    assert f"calibration.report {written[0]}" in capsys.readouterr().out

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tca_runtime.calibration.grid import Grid
 from tca_runtime.sparsity.budget import levels
-from tca_runtime.sparsity.calibration.grid import Grid
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 
 

@@ -1,15 +1,22 @@
-"""What a calibration found, for people."""
+"""What a calibration found, for people.
+
+    python -m tca_runtime.calibration.report FILE...
+
+prints it again, and draws the heat maps that a machine without matplotlib could not.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tca_runtime.sparsity.calibration.observer import PHASES, Totals
-from tca_runtime.sparsity.settings import CalibrationFile
+from tca_runtime.calibration.observer import PHASES, Totals
+from tca_runtime.sparsity.settings import CalibrationFile, ConfigurationError
 
 
 def held_out_figures(totals: Totals, phase: int, choice: NDArray[np.int64]) -> dict[str, float]:
@@ -72,3 +79,33 @@ def draw_heat_map(found: CalibrationFile, path: Path) -> bool:
     figure.suptitle(f"{found.model}, threshold {found.threshold:g}, {found.objective}")
     figure.savefig(path, dpi=110)
     return True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Show calibration files. Returns the process's exit status."""
+    paths = [Path(name) for name in (sys.argv[1:] if argv is None else argv)]
+    if not paths:
+        print(__doc__, file=sys.stderr)
+        return 2
+    for path in paths:
+        try:
+            found = CalibrationFile.load(path)
+        except ConfigurationError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        print(f"\n{path}\n{as_text(found)}")
+        show_heat_map(found, path)
+    return 0
+
+
+def show_heat_map(found: CalibrationFile, path: Path) -> None:
+    """Draw the heat map beside the file, or say what is missing for it."""
+    if not draw_heat_map(found, path.with_suffix(".png")):
+        print(
+            "no heat map: it needs matplotlib; where that is installed, run\n"
+            f"  python -m tca_runtime.calibration.report {path}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

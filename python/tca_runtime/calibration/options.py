@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tca_runtime.calibration.choose import OBJECTIVES, Goal, Objective
 from tca_runtime.config import ModelArgs
-from tca_runtime.sparsity.calibration.choose import OBJECTIVES, Goal, Objective
 
 # In a source tree the data lies beside the packages.
-DEFAULT_DATA = Path(__file__).resolve().parents[4] / "calib_data"
+DEFAULT_DATA = Path(__file__).resolve().parents[3] / "calib_data"
 DEFAULT_LENGTH = 4096
+# Changes answers least at equal memory (docs/calibration.md).
+DEFAULT_OBJECTIVE: Objective = "output-error"
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,17 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     )
     add = parser.add_argument
     add("--model-path", required=True, help="a known model, Hugging Face directory or GGUF file")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of weights and KV cache",
+    )
     add("--data", type=Path, default=DEFAULT_DATA, help="JSONL file, or a directory of them")
     add("--output", type=Path, required=True, help="JSON to write; several thresholds add -TAU")
     add("--threshold", type=float, nargs="+", default=[0.9], help="attention mass to retain")
-    add("--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help="how budgets are chosen")
+    add("--objective", choices=OBJECTIVES, default=DEFAULT_OBJECTIVE, help="how budgets are chosen")
     add(
         "--ratio",
         nargs="+",
@@ -77,7 +86,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         parser.error("--ratio: give one, or one for each threshold")
     objective: Objective = args.objective
     return Options(
-        model=ModelArgs(model_path=args.model_path),
+        model=ModelArgs(model_path=args.model_path, device=args.device, dtype=args.dtype),
         data=args.data,
         output=args.output,
         goals=tuple(

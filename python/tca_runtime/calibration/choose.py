@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tca_runtime.sparsity.calibration.grid import Grid
-from tca_runtime.sparsity.calibration.objective import cheapest, least_error
-from tca_runtime.sparsity.calibration.observer import PHASES, Totals
-from tca_runtime.sparsity.calibration.report import held_out_figures
+from tca_runtime.calibration.grid import Grid
+from tca_runtime.calibration.objective import cheapest, least_error
+from tca_runtime.calibration.observer import PHASES, Totals
+from tca_runtime.calibration.report import held_out_figures
 from tca_runtime.sparsity.settings import (
     FORMAT_VERSION,
     CalibrationFile,

@@ -20,12 +20,12 @@ from tca_runtime.engine.memory import host_pool, pool_tokens
 from tca_runtime.engine.output import collect_output
 from tca_runtime.engine.sampler import Sampler
 from tca_runtime.engine.step import ChunkInput, StepInput, StepOutput
-from tca_runtime.models.loader import load_model
+from tca_runtime.models.loader import LoadedModel, load_model
 from tca_runtime.sparsity.batched import BatchedSelection
 from tca_runtime.sparsity.chooser import ChunkSelection, StepSelection
 from tca_runtime.sparsity.core import BudgetedCore
 from tca_runtime.sparsity.load import load_settings
-from tca_runtime.sparsity.settings import ModelIdentity
+from tca_runtime.sparsity.settings import ModelIdentity, SparsitySettings
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,9 @@ class Engine:
     model_config : sizes and special ids of the loaded model
     """
 
-    def __init__(self, config: RuntimeConfig) -> None:
-        loaded = load_model(config.model)
+    def __init__(self, config: RuntimeConfig, loaded: LoadedModel | None = None) -> None:
+        """``loaded``: a model in memory to share, instead of loading ``config.model``."""
+        loaded = loaded or load_model(config.model)
         self.model = loaded.model
         self.model_config = loaded.config
         self.device = loaded.device
@@ -73,21 +74,29 @@ class Engine:
             num_kv_heads=self.shape.num_kv_heads,
             head_dim=self.shape.head_dim,
         )
-        self.sparsity = load_settings(config.sparsity, identity, config.model.model_path)
-        core = BudgetedCore(self.sparsity, self.shape.rows) if self.sparsity else None
         self.cache = CacheManager(
             pool,
             views,
             not config.cache.disable_radix_cache,
             host=host_pool(config.sparsity, self.shape),
-            choose_core=core,
             may_prune=config.sparsity.tca_retention != "never",
         )
+        self.use_sparsity(load_settings(config.sparsity, identity, config.model.model_path))
         self.backend = create_backend(config.attention.attention_backend, self.shape, pool.kv)
         self.sampler = Sampler(loaded.config.vocab_size, self.device)
         self._graphs: DecodeGraphs | None = None
         self._max_batch = config.scheduler.max_running_requests
         logger.info("KV pool: %d tokens, %d slots", tokens, pool.capacity)
+
+    def use_sparsity(self, settings: SparsitySettings | None) -> None:
+        """Select by other settings from now on; None for full attention.
+
+        A scheduler reads them when it is made, so requests that run must have ended. Cached
+        prefixes stay; who changes what a prefix's K and V depend on flushes the cache.
+        """
+        self.sparsity = settings
+        core = BudgetedCore(settings, self.shape.rows) if settings else None
+        self.cache.reclaimer.choose_core = core
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> StepOutput:

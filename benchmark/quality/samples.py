@@ -1,0 +1,91 @@
+"""Prompts with their answers, and the compressed files that hold them."""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt, ready to be tokenised.
+
+    ``answers`` are groups of alternatives: a group counts when any of its strings is in the
+    output, the score is the share of groups that count. ``length`` is the nominal size in tokens,
+    output included.
+    """
+
+    id: str
+    task: str
+    length: int
+    text: str
+    answers: list[list[str]]
+    max_new_tokens: int
+
+
+class Turn(msgspec.Struct, frozen=True, kw_only=True):
+    """One question about a session's context.
+
+    ``text`` is the question, ``gold`` the answer that later turns see as the conversation's past.
+    """
+
+    text: str
+    gold: str
+    answers: list[list[str]]
+    max_new_tokens: int
+    metric: str = "match"
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """One long context and several questions about it; chat markup is added when it is run."""
+
+    id: str
+    task: str
+    length: int
+    context: str
+    turns: list[Turn]
+
+
+Item = TypeVar("Item", Sample, Session)
+
+
+def score(output: str, answers: list[list[str]]) -> float:
+    """Share of the groups of which an alternative is in the output, whatever the case."""
+    text = output.lower()
+    return sum(any(a.lower() in text for a in group) for group in answers) / len(answers)
+
+
+def overlap(output: str, reference: str) -> float:
+    """ROUGE-1 F1: how many words output and reference share."""
+    mine, theirs = _counts(output), _counts(reference)
+    common = sum(min(count, theirs.get(word, 0)) for word, count in mine.items())
+    if not common:
+        return 0.0
+    precision, recall = common / sum(mine.values()), common / sum(theirs.values())
+    return 2 * precision * recall / (precision + recall)
+
+
+def write(path: Path, items: Iterable[Sample] | Iterable[Session]) -> None:
+    """Write JSON lines, xz-compressed: samples share long texts, which xz finds and gzip does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lzma.open(path, "wb", preset=6) as file:
+        for item in items:
+            file.write(msgspec.json.encode(item) + b"\n")
+
+
+def read(path: Path, kind: type[Item]) -> list[Item]:
+    """What ``write`` wrote."""
+    with lzma.open(path, "rb") as file:
+        return [msgspec.json.decode(line, type=kind) for line in file]
+
+
+def _counts(text: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for word in text.lower().split():
+        word = word.strip(".,;:!?\"'()[]")
+        if word:
+            counts[word] = counts.get(word, 0) + 1
+    return counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from benchmark.quality.answers import KEPT_OUTPUT, OutOfTime, by_prefill, selection_report
@@ -89,6 +89,7 @@ def run_conversations(
     records: Records,
     labels: dict[str, str],
     deadline: float = float("inf"),
+    backend: str = "auto",
 ) -> None:
     """Measure what is missing in ``records``, one mode after the other.
 
@@ -114,7 +115,7 @@ def run_conversations(
         }
         if not any(missing.values()):
             continue
-        lab = _lab(loaded, MODES[name], prompts)
+        lab = _lab(loaded, MODES[name], prompts, backend)
         progress = bar(sum(map(len, missing.values())), f"{labels['data']} {name}")
         for configuration in configurations:
             left = missing[configuration.name]
@@ -141,19 +142,22 @@ def _is_done(
     return records.has(kind="turn", **key)
 
 
-def _lab(loaded: LoadedModel, mode: Mode, prompts: Sequence[Prompts]) -> Lab:
+def _lab(loaded: LoadedModel, mode: Mode, prompts: Sequence[Prompts], backend: str) -> Lab:
+    together = min(mode.at_once, len(prompts))
     if not mode.pressure:
-        needed = mode.at_once * max(len(p.turns[-1]) for p in prompts)
+        needed = together * max(len(p.turns[-1]) for p in prompts)
         extra = 6 * needed if mode.order == "visible" else needed // 2
-        return Lab(loaded, tokens=needed + extra + 4096, retention=mode.retention)
-    contexts = mode.at_once * max(len(p.context) for p in prompts)
+        return Lab(loaded, tokens=needed + extra + 4096, retention=mode.retention, backend=backend)
+    contexts = together * max(len(p.context) for p in prompts)
+    longest = max(len(p.turns[-1]) for p in prompts)
     # One request at a time: whatever it does not need can be pushed out.
     return Lab(
         loaded,
-        tokens=int(contexts * PRESSURE),
+        tokens=max(int(contexts * PRESSURE), int(longest * 1.25)),
         host_gib=mode.host_gib,
         retention=mode.retention,
         max_running=1,
+        backend=backend,
     )
 
 
@@ -162,6 +166,7 @@ def _serve(
 ) -> list[Record]:
     found: list[Record] = []
     begin = time.perf_counter()
+    before = replace(lab.engine.cache.reclaimer.counts)
     if mode.order != "visible":
         lab.generate([Ask(p.session.id, p.context, 0) for p in group])
     usage = lab.engine.cache.usage()
@@ -183,7 +188,7 @@ def _serve(
         replies = lab.generate(asks)
         for (p, i), ask in zip(asked, asks, strict=True):
             found.append(_record(tokenizer, p, i, ask, replies[ask.rid], labels))
-    counts = lab.engine.cache.reclaimer.counts
+    after = lab.engine.cache.reclaimer.counts
     found.append(
         {
             "kind": "time",
@@ -191,10 +196,7 @@ def _serve(
             "samples": len(group),
             "seconds": round(time.perf_counter() - begin, 3),
             "memory": round(memory, 4),
-            "demoted": counts.demoted,
-            "promoted": counts.promoted,
-            "pruned": counts.pruned,
-            "evicted": counts.evicted,
+            **{f.name: getattr(after, f.name) - getattr(before, f.name) for f in fields(after)},
         }
     )
     return found

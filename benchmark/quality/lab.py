@@ -14,6 +14,7 @@ import torch
 from benchmark.quality.configurations import Configuration
 from benchmark.workers.engine_loop import Inbox, Outbox
 from tca_runtime.config import (
+    AttentionArgs,
     CacheArgs,
     ModelArgs,
     RuntimeConfig,
@@ -73,6 +74,7 @@ class Lab:
         host_gib: float = 0.0,
         retention: str = "never",
         max_running: int | None = None,
+        backend: str = "auto",
     ) -> None:
         batch, chunk = BATCH[loaded.device.type]
         self.config = RuntimeConfig(
@@ -83,6 +85,7 @@ class Lab:
                 chunked_prefill_size=chunk,
                 schedule_policy="fcfs",
             ),
+            attention=AttentionArgs(attention_backend=backend),
             sparsity=SparsityArgs(
                 disable_tca=True, tca_retention=retention, host_cache_size=host_gib
             ),

@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--data", type=Path, required=True, help="directory of generated files")
     parser.add_argument("--output", type=Path, required=True, help="a .jsonl file; is continued")
     parser.add_argument("--minutes", type=float, default=float("inf"))
@@ -130,10 +131,12 @@ class PlanRunner:
                 self._records,
                 labels,
                 self._deadline,
+                self._args.attention_backend,
             )
             return
         if self._lab is None:
-            self._lab = Lab(self._loaded, tokens=self._args.tokens)
+            backend = self._args.attention_backend
+            self._lab = Lab(self._loaded, tokens=self._args.tokens, backend=backend)
         run_answers(
             self._lab,
             self._tokenizer,

@@ -69,7 +69,7 @@ def overlap(output: str, reference: str) -> float:
 
 
 def write(path: Path, items: Iterable[Sample] | Iterable[Session]) -> None:
-    """Write JSON lines, xz-compressed: samples share long texts, which xz finds and gzip does not."""
+    """Write JSON lines, xz-compressed: samples share long texts, which gzip would not find."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(path, "wb", preset=6) as file:
         for item in items:

@@ -112,7 +112,7 @@ def many_shot(rng: random.Random, size: int) -> tuple[str, list[Turn]]:
 
 def summaries(rng: random.Random, size: int) -> tuple[str, list[Turn]]:
     """Numbered articles; how well a summary of one overlaps with that article's first sentences."""
-    documents = [d for d in sources.squad() if len(d.text) > 400]
+    documents = [d for d in sources.squad() if len(d.text) > 300]
     chosen = rng.sample(documents, min(len(documents), max(TURNS, size // 12)))
     context = "\n\n".join(f"Article {i}:\n{d.text}" for i, d in enumerate(chosen, 1))
     turns = []

@@ -12,6 +12,7 @@ from benchmark.quality.configurations import Configuration
 from benchmark.quality.lab import Ask, Lab, Reply, release
 from benchmark.quality.markup import Markup
 from benchmark.quality.progress import bar
+from benchmark.quality.rebuild import rebuild
 from benchmark.quality.records import Record, Records
 from benchmark.quality.samples import Session, Turn, overlap, score
 from tca_runtime.models.loader import LoadedModel
@@ -20,6 +21,9 @@ from tca_runtime.models.loader import LoadedModel
 AT_ONCE = 25
 # Sessions that compete for a device pool of this share of their contexts.
 UNDER_PRESSURE, PRESSURE = 10, 0.55
+
+
+REPEAT = "Repeat the text above, word for word."
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,18 @@ class Mode:
     retention : as ``--tca-retention``
     pressure : the device holds a part of the sessions' contexts only
     host_gib : host tier
+    core : what ranks slots that are dropped: ``budgeted`` or ``shared`` (``sparsity/core.py``)
+    shrink : drop all but the core of every context before the first question
+    rebuild : have the model repeat each context first, so that dropping knows what that needs
     """
 
     order: str
     retention: str = "never"
     pressure: bool = False
     host_gib: float = 0.0
+    core: str = "budgeted"
+    shrink: bool = False
+    rebuild: bool = False
 
     @property
     def at_once(self) -> int:
@@ -53,15 +63,23 @@ MODES = {
     "pressure-host": Mode("turns", "on-pressure", pressure=True, host_gib=16.0),
     "pressure-drop": Mode("turns", "on-pressure", pressure=True),
     "pruned": Mode("turns", "immediate"),
+    "core": Mode("turns", "on-pressure", shrink=True),
+    "core-shared": Mode("turns", "on-pressure", core="shared", shrink=True),
+    "rebuilt": Mode("turns", "on-pressure", shrink=True, rebuild=True),
+    "rebuilt-shared": Mode("turns", "on-pressure", core="shared", shrink=True, rebuild=True),
 }
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of a session: the context, and what follows it for every question."""
+    """Token ids of a session: the context, and the context with what follows for every question.
+
+    ``repeat`` follows the context where the model is asked to repeat it.
+    """
 
     session: Session
     context: list[int]
+    repeat: list[int]
     turns: list[list[int]]
     alone: list[list[int]]
 
@@ -77,7 +95,7 @@ class Prompts:
             history = history + asked
             turns.append(history)
             history = history + encode(turn.gold + markup.question)
-        return Prompts(session, context, turns, alone)
+        return Prompts(session, context, encode(REPEAT + markup.answer), turns, alone)
 
 
 def run_conversations(
@@ -158,6 +176,7 @@ def _lab(loaded: LoadedModel, mode: Mode, prompts: Sequence[Prompts], backend: s
         retention=mode.retention,
         max_running=1,
         backend=backend,
+        core=mode.core,
     )
 
 
@@ -169,6 +188,11 @@ def _serve(
     before = replace(lab.engine.cache.reclaimer.counts)
     if mode.order != "visible":
         lab.generate([Ask(p.session.id, p.context, 0) for p in group])
+        if mode.rebuild and lab.engine.sparsity is not None:
+            for p in group:
+                rebuild(lab.engine, p.context, p.repeat)
+        if mode.shrink and lab.engine.sparsity is not None:
+            lab.engine.cache.reclaimer.shrink_all()
     usage = lab.engine.cache.usage()
     memory = usage.tree_slots / max(1, usage.full_equivalent_slots)
     rounds: list[list[tuple[Prompts, int]]]

@@ -26,6 +26,7 @@ from tca_runtime.messages import GenerateRequest, LogprobOptions, TokenOutput
 from tca_runtime.models.loader import LoadedModel, load_model
 from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.scheduler.scheduler import Scheduler
+from tca_runtime.sparsity.core import SharedCore
 
 # Settings of the loop on each kind of device: requests that decode together, tokens per step.
 BATCH = {"cuda": (64, 8192), "cpu": (8, 2048)}
@@ -65,6 +66,7 @@ class Lab:
     host_gib : size of the host tier
     retention : as ``--tca-retention``; with ``never`` configurations whose prompts have the same
         K and V share what is cached
+    core : which slots stay when prefixes shrink, ``budgeted`` or ``shared``
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Lab:
         retention: str = "never",
         max_running: int | None = None,
         backend: str = "auto",
+        core: str = "budgeted",
     ) -> None:
         batch, chunk = BATCH[loaded.device.type]
         self.config = RuntimeConfig(
@@ -95,6 +98,7 @@ class Lab:
         self.configuration: Configuration | None = None
         self._inbox, self._outbox = Inbox(), Outbox()
         self._prefill_key: str | None = None
+        self._core = core
 
     @property
     def capacity(self) -> int:
@@ -104,7 +108,10 @@ class Lab:
     def use(self, configuration: Configuration) -> None:
         """Select by ``configuration`` from now on; drops prefixes it could not have computed."""
         shape = self.engine.shape
-        self.engine.use_sparsity(configuration.settings(shape.num_layers, shape.num_kv_heads))
+        settings = configuration.settings(shape.num_layers, shape.num_kv_heads)
+        self.engine.use_sparsity(settings)
+        if settings is not None and self._core == "shared":
+            self.engine.cache.reclaimer.choose_core = SharedCore(settings, shape.rows)
         if configuration.prefill_key != self._prefill_key:
             self.engine.cache.flush()
         self._prefill_key = configuration.prefill_key

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmark.quality.cells import FULL, Cell, cells
 from benchmark.quality.configurations import Configuration
+from benchmark.quality.conversations import MODES
 from benchmark.quality.records import Record, read
 
 ROOT = Path(__file__).parent.parent.parent
@@ -165,7 +166,7 @@ SECTIONS = {
     "pressure": Section(
         lambda c: True,
         (*WHERE, *COLUMNS, MEMORY, TURNS),
-        frozenset({"pressure-host", "pressure-drop", "pruned"}),
+        frozenset(MODES) - {"visible", "turns", "users"},
     ),
 }
 

@@ -79,6 +79,11 @@ class Reclaimer:
         while self._pool.num_free < num_slots and (node := self._tree.leaves.pop()):
             self._evict(node, num_slots - self._pool.num_free)
 
+    def shrink_all(self) -> None:
+        """Reduce every unlocked prefix to its core, as if memory were short."""
+        while node := self._tree.full.pop():
+            self._shrink(node)
+
     def evict_all(self) -> None:
         """Remove every unlocked prefix."""
         while node := self._tree.leaves.pop():

@@ -10,6 +10,7 @@ from tca_runtime.sparsity.policies.baselines import (
     SnapKVPolicy,
     StreamingPolicy,
 )
+from tca_runtime.sparsity.policies.retrieval import H2OPolicy, QuestPolicy, TopKPolicy
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 
 POLICIES: dict[str, type[SelectionPolicy]] = {
@@ -18,6 +19,9 @@ POLICIES: dict[str, type[SelectionPolicy]] = {
     "keydiff": KeyDiffPolicy,
     "expected-attention": ExpectedAttentionPolicy,
     "streaming": StreamingPolicy,
+    "topk": TopKPolicy,
+    "quest": QuestPolicy,
+    "h2o": H2OPolicy,
     "full": FullPolicy,
 }
 

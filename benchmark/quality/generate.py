@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.quality import samples
+from benchmark.quality.likelihood import passages
 from benchmark.quality.markup import Markup
 from benchmark.quality.progress import bar
 from benchmark.quality.ruler import RULER
@@ -55,7 +56,7 @@ def token_counter(tokenizer: Any) -> Callable[[str], int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kind", default="ruler", choices=("ruler", "sessions"))
+    parser.add_argument("--kind", default="ruler", choices=("ruler", "sessions", "books"))
     parser.add_argument("--model", required=True, help="whose tokenizer and chat template to use")
     parser.add_argument("--length", type=int, required=True, help="prompt and output, in tokens")
     parser.add_argument("--per-task", type=int, default=16)
@@ -75,6 +76,9 @@ def run(args: argparse.Namespace) -> None:
         source: Iterator[Any] = ruler_samples(
             tokenizer, args.length, args.per_task, args.seed, args.tasks
         )
+    elif args.kind == "books":
+        total = args.per_task
+        source = passages(args.length, args.per_task, args.seed)
     else:
         total = args.per_task * len(BUILDERS)
         source = sessions(token_counter(tokenizer), args.length, args.per_task, args.seed)

@@ -14,6 +14,7 @@ from benchmark.quality.answers import OutOfTime, run_answers
 from benchmark.quality.configurations import Configuration
 from benchmark.quality.conversations import MODES, run_conversations
 from benchmark.quality.lab import Lab
+from benchmark.quality.likelihood import Passage, run_likelihood
 from benchmark.quality.records import Records
 from benchmark.quality.samples import Sample, Session
 from tca_runtime.config import ModelArgs
@@ -38,6 +39,10 @@ class Stage:
     configurations: tuple[Configuration, ...]
     modes: tuple[str, ...] = ()
     limit: int | None = None
+
+    @property
+    def is_likelihood(self) -> bool:
+        return self.data.startswith("books")
 
 
 def read_plan(path: Path) -> list[Stage]:
@@ -137,6 +142,17 @@ class PlanRunner:
         if self._lab is None:
             backend = self._args.attention_backend
             self._lab = Lab(self._loaded, tokens=self._args.tokens, backend=backend)
+        if stage.is_likelihood:
+            run_likelihood(
+                self._lab,
+                self._tokenizer,
+                samples.read(path, Passage)[: stage.limit],
+                stage.configurations,
+                self._records,
+                labels,
+                self._deadline,
+            )
+            return
         run_answers(
             self._lab,
             self._tokenizer,

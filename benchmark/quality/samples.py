@@ -49,7 +49,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     turns: list[Turn]
 
 
-Item = TypeVar("Item", Sample, Session)
+Item = TypeVar("Item", bound=msgspec.Struct)
 
 
 def score(output: str, answers: list[list[str]]) -> float:
@@ -68,7 +68,7 @@ def overlap(output: str, reference: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def write(path: Path, items: Iterable[Sample] | Iterable[Session]) -> None:
+def write(path: Path, items: Iterable[msgspec.Struct]) -> None:
     """Write JSON lines, xz-compressed: samples share long texts, which gzip would not find."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(path, "wb", preset=6) as file:

@@ -10,6 +10,7 @@ import sys
 # prompts are only run, nothing that generates them needs to be installed.
 COMMANDS = {
     "generate": ("benchmark.quality.generate", "write the prompts of a data set to a file"),
+    "http": ("benchmark.quality.http", "measure prompts through a server's OpenAI route"),
     "report": ("benchmark.quality.report", "write docs/quality.md from the records"),
     "errors": ("benchmark.quality.errors", "attention errors beside their bounds"),
     "run": ("benchmark.quality.plan", "measure the cells of a plan"),

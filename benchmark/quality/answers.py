@@ -11,7 +11,7 @@ from benchmark.quality.configurations import Configuration
 from benchmark.quality.lab import Ask, Lab
 from benchmark.quality.progress import bar
 from benchmark.quality.records import Record, Records
-from benchmark.quality.samples import Sample, score
+from benchmark.quality.samples import Sample, grade
 
 # Characters of an output that a record keeps.
 KEPT_OUTPUT = 160
@@ -106,7 +106,7 @@ def _measure(
                 "sample": sample.id,
                 "task": sample.task,
                 "length": sample.length,
-                "score": round(score(text, sample.answers), 4),
+                "score": round(grade(text, sample.answers, sample.metric), 4),
                 "prompt": len(ask.ids),
                 "cached": reply.cached_tokens,
                 **selection_report(reply.tca),

@@ -21,6 +21,7 @@ _WORDS = {
     "window": "window",
     "block": "block",
     "every": "granularity",
+    "least": "min_candidates",
     "mass": "max_dropped_mass",
 }
 
@@ -36,7 +37,7 @@ class Configuration:
         views of what is older than the window; ``k`` instead of ``d`` is the percentage kept of
         everything at a data set's length; ``every`` is the selection granularity, ``mass`` the
         percentage of attention mass that may be dropped, ``calibration=FILE`` gives each head its
-        own budget
+        own budget; ``least`` is the number of droppable tokens below which all are kept
     """
 
     name: str
@@ -49,6 +50,7 @@ class Configuration:
     window: int = 512
     block: int = 64
     granularity: int = 2048
+    min_candidates: int = 512
     max_dropped_mass: float | None = None
     calibration: str | None = None
 
@@ -102,7 +104,13 @@ class Configuration:
             tables.append(table)
         policy = POLICIES[self.policy](**self.options)
         return SparsitySettings(
-            policy, tables[0], tables[1], self.window, self.probes, granularity=self.granularity
+            policy,
+            tables[0],
+            tables[1],
+            self.window,
+            self.probes,
+            self.min_candidates,
+            self.granularity,
         )
 
     @property

@@ -14,7 +14,7 @@ from benchmark.quality.markup import Markup
 from benchmark.quality.progress import bar
 from benchmark.quality.rebuild import rebuild
 from benchmark.quality.records import Record, Records
-from benchmark.quality.samples import Session, Turn, overlap, score
+from benchmark.quality.samples import Session, grade
 from tca_runtime.models.loader import LoadedModel
 
 # Sessions that are alive at the same time.
@@ -230,6 +230,7 @@ def _record(
     tokenizer: Any, prompts: Prompts, turn: int, ask: Ask, reply: Reply, labels: dict[str, str]
 ) -> Record:
     session = prompts.session
+    asked = session.turns[turn]
     text = tokenizer.decode(reply.ids, skip_special_tokens=True)
     return {
         "kind": "turn",
@@ -238,16 +239,9 @@ def _record(
         "turn": turn,
         "task": session.task,
         "length": session.length,
-        "score": round(grade(text, session.turns[turn]), 4),
+        "score": round(grade(text, asked.answers, asked.metric), 4),
         "prompt": len(ask.ids),
         "cached": reply.cached_tokens,
         **selection_report(reply.tca),
         "output": text[:KEPT_OUTPUT],
     }
-
-
-def grade(text: str, turn: Turn) -> float:
-    """Score of an answer by the turn's metric."""
-    if turn.metric == "overlap":
-        return overlap(text, turn.gold)
-    return score(text, turn.answers)

@@ -15,8 +15,11 @@ from benchmark.quality.ruler import RULER
 from benchmark.quality.ruler.base import Draft, fitted, largest_size
 from benchmark.quality.samples import Sample
 from benchmark.quality.sessions import BUILDERS, sessions
+from benchmark.quality.short import gsm8k, mmlu
 from tca_runtime.config import ModelArgs
 from tca_runtime.tokenizer.loading import load_tokenizer
+
+SHORT = {"gsm8k": gsm8k, "mmlu": mmlu}
 
 
 def ruler_samples(
@@ -56,10 +59,12 @@ def token_counter(tokenizer: Any) -> Callable[[str], int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kind", default="ruler", choices=("ruler", "sessions", "books"))
+    parser.add_argument(
+        "--kind", default="ruler", choices=("ruler", "sessions", "books", "gsm8k", "mmlu")
+    )
     parser.add_argument("--model", required=True, help="whose tokenizer and chat template to use")
-    parser.add_argument("--length", type=int, required=True, help="prompt and output, in tokens")
-    parser.add_argument("--per-task", type=int, default=16)
+    parser.add_argument("--length", type=int, default=8192, help="prompt and output, in tokens")
+    parser.add_argument("--per-task", type=int, default=16, help="of ruler and sessions; else all")
     parser.add_argument(
         "--tasks", nargs="*", default=list(RULER), choices=list(RULER), help="of kind ruler"
     )
@@ -79,6 +84,9 @@ def run(args: argparse.Namespace) -> None:
     elif args.kind == "books":
         total = args.per_task
         source = passages(args.length, args.per_task, args.seed)
+    elif args.kind in SHORT:
+        total = args.per_task
+        source = SHORT[args.kind](Markup.of(tokenizer), args.per_task, args.seed)
     else:
         total = args.per_task * len(BUILDERS)
         source = sessions(token_counter(tokenizer), args.length, args.per_task, args.seed)

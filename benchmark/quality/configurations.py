@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tca_runtime.sparsity.budget import BudgetTable
+import numpy as np
+
+from tca_runtime.sparsity.budget import DEFAULT_SIGMA, BudgetTable
 from tca_runtime.sparsity.policies import POLICIES
 from tca_runtime.sparsity.settings import CalibrationFile, SparsitySettings
 
@@ -20,6 +22,7 @@ _WORDS = {
     "probes": "probes",
     "window": "window",
     "block": "block",
+    "sigma": "sigma",
     "every": "granularity",
     "least": "min_candidates",
     "mass": "max_dropped_mass",
@@ -49,6 +52,7 @@ class Configuration:
     probes: int = 32
     window: int = 512
     block: int = 64
+    sigma: float = DEFAULT_SIGMA
     granularity: int = 2048
     min_candidates: int = 512
     max_dropped_mass: float | None = None
@@ -99,8 +103,9 @@ class Configuration:
                 table = getattr(found, phase).table(found.block)
                 table = table if ratio is None else table.at_ratio(ratio)
             else:
-                every = 1.0 if ratio is None else ratio
-                table = BudgetTable.uniform(every, layers, heads, self.block)
+                spread = np.full((layers, heads), self.sigma)
+                table = BudgetTable(np.zeros_like(spread), spread, self.block)
+                table = table.at_ratio(1.0 if ratio is None else ratio)
             tables.append(table)
         policy = POLICIES[self.policy](**self.options)
         return SparsitySettings(
@@ -143,4 +148,6 @@ def _read_word(name: str, word: str) -> dict[str, Any]:
         if not 0 < number <= 100:
             raise ValueError(f"configuration {name!r}: {word!r} is no percentage")
         return {attribute: number / 100}
+    if attribute == "sigma":
+        return {attribute: number}
     return {attribute: int(number)}

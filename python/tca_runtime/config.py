@@ -88,6 +88,7 @@ class SparsityArgs:
         "what ranks tokens",
         choices=(
             "tca",
+            "pages",
             "snapkv",
             "keydiff",
             "expected-attention",

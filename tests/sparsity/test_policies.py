@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from tca_runtime.sparsity.policies import Candidates
+from tca_runtime.sparsity.policies.pages import PagesPolicy
 from tca_runtime.sparsity.policies.retrieval import H2OPolicy, QuestPolicy, TopKPolicy
 
 HEADS, GROUP, DIM, COUNT, BLOCK = 2, 3, 8, 96, 32
@@ -61,3 +63,39 @@ def test_top_k_is_blind_to_blocks() -> None:
     for head in range(HEADS):
         best = set(given.importance[head].topk(7).indices.tolist())
         assert set(chosen[head].nonzero()[:, 0].tolist()) == best
+
+
+def peaked(place: int) -> Candidates:
+    """All attention of head 0 on one token; head 1 attends evenly."""
+    given = candidates()
+    importance = torch.full((HEADS, COUNT), 1e-6)
+    importance[0, place] = 0.9
+    importance[1] = 1 / COUNT
+    return Candidates(importance, given.probes, BLOCK, given.scale, given.pool, given.slots)
+
+
+@pytest.mark.parametrize("score", ["hhi", "mass", "max"])
+def test_what_follows_the_attended_page_is_kept(score: str) -> None:
+    policy = PagesPolicy(page=8, score=score, after=2)
+    chosen = policy.choose(peaked(37), np.zeros((HEADS, 6), np.int64), np.array([24, 24]))
+    assert chosen[0].nonzero()[:, 0].tolist() == list(range(32, 56))
+    assert int(chosen[1].sum()) == 24
+    policy = PagesPolicy(page=8, score=score, after=0, before=1)
+    chosen = policy.choose(peaked(37), np.zeros((HEADS, 6), np.int64), np.array([16, 16]))
+    assert chosen[0].nonzero()[:, 0].tolist() == list(range(24, 40))
+
+
+def test_single_tokens_come_before_pages() -> None:
+    given = candidates()
+    policy = PagesPolicy(page=16, after=0, tokens=50)
+    chosen = policy.choose(given, np.zeros((HEADS, 6), np.int64), np.array([32, 32]))
+    for head in range(HEADS):
+        assert int(chosen[head].sum()) == 32
+        assert bool(chosen[head, given.importance[head].topk(16).indices].all())
+
+
+def test_a_page_may_be_all_there_is() -> None:
+    given = candidates()
+    policy = PagesPolicy(page=32, after=9, before=9)
+    kept = np.array([40, 40])
+    assert policy.choose(given, np.zeros((HEADS, 6), np.int64), kept).sum(1).tolist() == [40, 40]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmark.quality import lab, samples
 from benchmark.quality.answers import OutOfTime, run_answers
@@ -15,7 +18,7 @@ from benchmark.quality.configurations import Configuration
 from benchmark.quality.conversations import MODES, run_conversations
 from benchmark.quality.lab import Lab
 from benchmark.quality.likelihood import Passage, run_likelihood
-from benchmark.quality.records import Records
+from benchmark.quality.records import Record, Records
 from benchmark.quality.samples import Sample, Session
 from tca_runtime.config import ModelArgs
 from tca_runtime.models.loader import LoadedModel
@@ -98,13 +101,30 @@ def run(args: argparse.Namespace) -> None:
                 print(stage.data, *stage.modes, "|", configuration.name)
         return
     loaded = lab.load(args.model, args.device, args.dtype)
-    runner = PlanRunner(args, loaded, Records(args.output), deadline)
+    records = Records(args.output)
+    records.add([environment(args, loaded)])
+    runner = PlanRunner(args, loaded, records, deadline)
     try:
         for stage in stages:
             runner.run(stage)
         print("the plan is complete")
     except OutOfTime:
         print(f"out of time; the same command continues {args.output}")
+
+
+def environment(args: argparse.Namespace, loaded: LoadedModel) -> Record:
+    """Where and with what the following records were measured."""
+    cuda = loaded.device.type == "cuda"
+    return {
+        "kind": "run",
+        "model": Path(args.model).name,
+        "data": "",
+        "device": torch.cuda.get_device_name(loaded.device) if cuda else platform.processor(),
+        "torch": torch.__version__,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "attention_backend": args.attention_backend,
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+    }
 
 
 class PlanRunner:

@@ -28,13 +28,14 @@ def draw(found: Sequence[Cell], directory: Path) -> None:
 
 def _series(cell: Cell) -> str | None:
     made = Configuration.parse(cell.key.config)
-    plain = (made.probes, made.window, made.granularity) == (32, 512, 2048) and not made.options
+    plain = (made.probes, made.granularity, made.block) == (32, 2048, 64) and not made.options
     if made.policy == FULL or not plain or cell.kept is None:
         return None
     if made.max_dropped_mass is not None:
         return f"{made.policy}, limit on dropped mass"
     if made.prefill == 1.0:
-        return f"{made.policy}, dense prefill"
+        window = "" if made.window == 512 else f", window {made.window}"
+        return f"{made.policy}, dense prefill{window}"
     return f"{made.policy}, {100 * (made.prefill or 1):.0f} % in prefill"
 
 

@@ -11,8 +11,11 @@ import dataclasses
 import json
 import lzma
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from benchmark.quality.cells import FULL, Cell, cells
 from benchmark.quality.configurations import Configuration
@@ -34,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the page, its images and the summary."""
-    found = cells(load_records(args.results))
+    records = load_records(args.results)
+    found = cells(records)
     if args.print:
         print(table(found, ALL_COLUMNS))
         return
@@ -42,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     path = args.results / "summary.json"
     path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     page = args.page.read_text(encoding="utf-8")
-    args.page.write_text(fill(page, found), encoding="utf-8")
+    args.page.write_text(fill(page, found, records), encoding="utf-8")
     from benchmark.quality.plots import draw
 
     draw(found, args.images)
@@ -59,6 +63,8 @@ def load_records(directory: Path) -> list[Record]:
             records += read(path)
     return records
 
+
+NOTHING = "_Not measured yet._"
 
 Column = tuple[str, Callable[[Cell], str]]
 
@@ -145,21 +151,38 @@ def _is_dense(c: Configuration) -> bool:
     return c.policy != FULL and c.prefill == 1.0
 
 
+RULER_DATA = frozenset(f"ruler-{n}" for n in (4096, 8192, 16384, 32768))
+TUNE_DATA = frozenset(f"tune-{n}" for n in (4096, 8192, 16384))
+
 SECTIONS = {
-    "headline": Section(_is_headline),
+    "headline": Section(_is_headline, lengths=RULER_DATA),
     "tasks": Section(_is_headline, lengths=frozenset({"ruler-8192"}), by_task=True),
     "prefill": Section(
         lambda c: c.policy == "tca" and c.kept == 0.39 and _is_default(c),
         lengths=frozenset({"ruler-8192"}),
     ),
-    "policies": Section(lambda c: _is_dense(c) and _is_default(c)),
-    "scores": Section(lambda c: _is_dense(c) and c.policy == "tca" and bool(c.options)),
-    "probes": Section(lambda c: _is_dense(c) and c.policy == "tca" and c.probes != 32),
-    "windows": Section(lambda c: _is_dense(c) and c.window != 512),
+    "policies": Section(
+        lambda c: c.policy == FULL or (_is_dense(c) and _is_default(c)), lengths=RULER_DATA
+    ),
+    "scores": Section(
+        lambda c: _is_dense(c) and c.policy == "tca" and bool(c.options), lengths=RULER_DATA
+    ),
+    "probes": Section(
+        lambda c: _is_dense(c) and c.policy == "tca" and c.probes != 32, lengths=RULER_DATA
+    ),
+    "windows": Section(lambda c: _is_dense(c) and c.window != 512, lengths=RULER_DATA),
+    "blocks": Section(
+        lambda c: c.policy == "tca" and (c.block, c.sigma) != (64, 2.0), lengths=RULER_DATA
+    ),
     "auto": Section(lambda c: c.max_dropped_mass is not None, (*WHERE, *COLUMNS, DROPPED)),
     "granularity": Section(
-        lambda c: c.prefill == 0.15 and (c.granularity != 2048 or c.probes != 32 or bool(c.options))
+        lambda c: (
+            c.prefill == 0.15 and (c.granularity != 2048 or c.probes != 32 or bool(c.options))
+        ),
+        lengths=RULER_DATA,
     ),
+    "tuning": Section(lambda c: True, lengths=TUNE_DATA),
+    "short": Section(lambda c: True, lengths=frozenset({"gsm8k-2048", "mmlu-2048"})),
     "conversations": Section(
         lambda c: True, (*WHERE, *COLUMNS, TURNS), frozenset({"visible", "turns", "users"})
     ),
@@ -171,7 +194,29 @@ SECTIONS = {
 }
 
 
-def fill(page: str, found: Sequence[Cell]) -> str:
+def books(records: Sequence[Record]) -> str:
+    """Likelihoods: one row per model, data set and configuration."""
+    groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        if record["kind"] == "likelihood":
+            groups[record["model"], record["data"], record["config"]].append(record)
+    if not groups:
+        return NOTHING
+    head = ["model", "data", "configuration", "passages", "kept %", "perplexity", "agree %", "KL"]
+    lines = [[*head, "same of 64"], ["---"] * (len(head) + 1)]
+    for (model, data, config), members in groups.items():
+
+        def mean(field: str, members: list[Record] = members) -> float:
+            return float(np.mean([m[field] for m in members if field in m]))
+
+        kept = f"{100 * mean('kept'):.1f}" if "kept" in members[0] else ""
+        lines.append([model, data, f"`{config}`", str(len(members)), kept])
+        lines[-1] += [f"{np.exp(mean('nll')):.3f}", f"{100 * mean('agree'):.1f}"]
+        lines[-1] += [f"{mean('kl'):.4f}", f"{mean('same'):.1f}"]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def fill(page: str, found: Sequence[Cell], records: Sequence[Record]) -> str:
     """The page with every section's table written anew.
 
     Raises
@@ -182,12 +227,14 @@ def fill(page: str, found: Sequence[Cell]) -> str:
 
     def replaced(match: re.Match[str]) -> str:
         name = match[1]
+        if name == "books":
+            return f"<!-- begin books -->\n{books(records)}\n<!-- end books -->"
         if name not in SECTIONS:
             raise ValueError(f"the page has an unknown section {name!r}")
         section = SECTIONS[name]
         chosen = section.cells(found)
         if not chosen:
-            text = "_Not measured yet._"
+            text = NOTHING
         elif section.by_task:
             models = dict.fromkeys(cell.key.model for cell in chosen)
             text = "\n\n".join(

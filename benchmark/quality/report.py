@@ -12,7 +12,7 @@ import json
 import lzma
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> None:
     path = args.results / "summary.json"
     path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     page = args.page.read_text(encoding="utf-8")
-    args.page.write_text(fill(page, found, records), encoding="utf-8")
+    args.page.write_text(
+        fill(page, found, {"books": books(records), "errors": errors(args.results)}),
+        encoding="utf-8",
+    )
     from benchmark.quality.plots import draw
 
     draw(found, args.images)
@@ -216,8 +219,29 @@ def books(records: Sequence[Record]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def fill(page: str, found: Sequence[Cell], records: Sequence[Record]) -> str:
+def errors(directory: Path) -> str:
+    """Attention errors beside their bounds: a few layers of every ``errors-*.json``."""
+    head = ["model", "configuration", "layer", "dropped mass %", "error", "g diam(V)"]
+    lines = [[*head, "2 g max\\|V\\|", "worst error / bound", "accumulated"]]
+    lines.append(["---"] * len(lines[0]))
+    for path in sorted(directory.glob("errors-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for config, layers in found["configurations"].items():
+            for number in sorted({round(i * (len(layers) - 1) / 5) for i in range(6)}):
+                layer = layers[number]
+                fields = ("error", "diameter", "theorem", "worst_ratio", "accumulated")
+                row = [found["model"], f"`{config}`", str(number)]
+                row.append(f"{100 * layer['dropped_mass']:.2f}")
+                lines.append([*row, *(f"{layer[field]:.3f}" for field in fields)])
+    if len(lines) == 2:
+        return NOTHING
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def fill(page: str, found: Sequence[Cell], others: Mapping[str, str]) -> str:
     """The page with every section's table written anew.
+
+    ``others``: finished text of sections that are no cells.
 
     Raises
     ------
@@ -227,8 +251,8 @@ def fill(page: str, found: Sequence[Cell], records: Sequence[Record]) -> str:
 
     def replaced(match: re.Match[str]) -> str:
         name = match[1]
-        if name == "books":
-            return f"<!-- begin books -->\n{books(records)}\n<!-- end books -->"
+        if name in others:
+            return f"<!-- begin {name} -->\n{others[name]}\n<!-- end {name} -->"
         if name not in SECTIONS:
             raise ValueError(f"the page has an unknown section {name!r}")
         section = SECTIONS[name]

@@ -13,7 +13,7 @@ import pytest
 
 from benchmark.quality import report
 from benchmark.quality.cells import cells
-from benchmark.quality.report import books, fill, load_records, task_table
+from benchmark.quality.report import books, errors, fill, load_records, task_table
 from benchmark.quality.statistics import bootstrap
 
 
@@ -81,15 +81,17 @@ def test_the_page_is_filled_between_its_marks() -> None:
     page = "Text\n<!-- begin headline -->\nold\n<!-- end headline -->\nMore\n"
     page += "<!-- begin books --><!-- end books -->\n<!-- begin tasks -->\n<!-- end tasks -->\n"
     records = some_records()
-    filled = fill(page, cells(records), records)
+    others = {"books": "no books"}
+    filled = fill(page, cells(records), others)
     assert filled.startswith("Text\n<!-- begin headline -->\n| model |")
     assert "| m | ruler-8192 | `tca p15 k39` | 20 | 40.0 | 65.0 [" in filled
     assert "old" not in filled and "streaming" not in filled and "\nMore\n" in filled
     assert "| hopeless | 10 | 100 |" in filled
-    assert report.NOTHING in filled
-    assert fill(filled, cells(records), records) == filled
+    assert "<!-- begin books -->\nno books\n<!-- end books -->" in filled
+    assert fill(filled, cells(records), others) == filled
+    assert report.NOTHING in fill(page, [], others)
     with pytest.raises(ValueError, match="nonsense"):
-        fill("<!-- begin nonsense --><!-- end nonsense -->", [], [])
+        fill("<!-- begin nonsense --><!-- end nonsense -->", [], {})
 
 
 def test_tasks_that_a_configuration_lacks_stay_empty() -> None:
@@ -105,6 +107,18 @@ def test_books_have_a_row_per_configuration() -> None:
     assert f"| m | books-8192 | `full` | 2 |  | {np.exp(2):.3f} | 100.0 | 0.0000 | 64.0 |" in books(
         records
     )
+
+
+def test_errors_show_a_few_layers(tmp_path: Path) -> None:
+    assert errors(tmp_path) == report.NOTHING
+    layer = {"dropped_mass": 0.02, "error": 0.1, "diameter": 0.5, "theorem": 0.9}
+    layers = [{**layer, "worst_ratio": 0.4, "accumulated": 0.01 * i} for i in range(24)]
+    found = {"model": "m", "configurations": {"tca p100 k39": layers}}
+    (tmp_path / "errors-m.json").write_text(json.dumps(found))
+    rows = errors(tmp_path).splitlines()
+    assert len(rows) == 2 + 6
+    assert rows[2].startswith("| m | `tca p100 k39` | 0 | 2.00 | 0.100 | 0.500 | 0.900 | 0.400 |")
+    assert rows[-1].endswith("| 0.230 |")
 
 
 def test_report_writes_page_images_and_summary(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ ALL_COLUMNS = (*WHERE, *COLUMNS, MEMORY, DROPPED, TURNS, SECONDS)
 
 def table(found: Sequence[Cell], columns: Sequence[Column]) -> str:
     """A Markdown table; columns that are empty everywhere are left out."""
+    if not found:
+        return NOTHING
     rows = [[text(cell) for _, text in columns] for cell in found]
     used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
     lines = [[columns[i][0] for i in used], ["---"] * len(used)]
@@ -257,9 +259,7 @@ def fill(page: str, found: Sequence[Cell], others: Mapping[str, str]) -> str:
             raise ValueError(f"the page has an unknown section {name!r}")
         section = SECTIONS[name]
         chosen = section.cells(found)
-        if not chosen:
-            text = NOTHING
-        elif section.by_task:
+        if chosen and section.by_task:
             models = dict.fromkeys(cell.key.model for cell in chosen)
             text = "\n\n".join(
                 f"{model}:\n\n{task_table([c for c in chosen if c.key.model == model])}"

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 # As the launcher sets it for its scheduler; it counts only before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
@@ -19,7 +19,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 import numpy as np
 
 from benchmark.workers.pipe import Json, answer_questions
-from tca_runtime.channels import Receiver, Sender
 from tca_runtime.config import parse_args
 from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.grammar import GrammarCompiler
@@ -27,6 +26,9 @@ from tca_runtime.messages import GenerateRequest, TokenBatch, TokenOutput, ToSch
 from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.scheduler.scheduler import Scheduler
 from tca_runtime.tokenizer.loading import load_tokenizer
+
+if TYPE_CHECKING:
+    from tca_runtime.channels import Receiver, Sender
 
 
 class Inbox:

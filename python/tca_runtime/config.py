@@ -89,7 +89,18 @@ class SparsityArgs:
     tca_policy: str = _option(
         "tca",
         "what ranks tokens",
-        choices=("tca", "snapkv", "keydiff", "expected-attention", "streaming", "full"),
+        choices=(
+            "tca",
+            "pages",
+            "snapkv",
+            "keydiff",
+            "expected-attention",
+            "streaming",
+            "topk",
+            "quest",
+            "h2o",
+            "full",
+        ),
     )
     tca_probes: int | None = _option(None, "latest queries that score (1 is the paper)")
     tca_window: int | None = _option(None, "latest tokens that are never dropped")

@@ -70,7 +70,7 @@ class Reclaimer:
         self._tree = tree
         self._pool = pool
         self.host = host
-        self._choose_core = choose_core
+        self.choose_core = choose_core
         self._may_prune = may_prune
         self._transfers = transfers
         self._headroom = headroom
@@ -78,7 +78,7 @@ class Reclaimer:
 
     def make_room(self, num_slots: int) -> None:
         """Have ``num_slots`` free on the device, or as many as unlocked prefixes give."""
-        if self._choose_core is not None or self.host is not None:
+        if self.choose_core is not None or self.host is not None:
             while self._pool.num_free < num_slots and (node := self._tree.full.pop()):
                 self._shrink(node)
             while self._pool.num_free < num_slots and (node := self._tree.cores.pop()):
@@ -89,6 +89,11 @@ class Reclaimer:
             self._evict(node, num_slots - self._pool.num_free)
         if self.host is not None and self._pool.num_free < num_slots + self._headroom:
             self._demote_ahead(num_slots + self._headroom)
+
+    def shrink_all(self) -> None:
+        """Reduce every unlocked prefix to its core, as if memory were short."""
+        while node := self._tree.full.pop():
+            self._shrink(node)
 
     def evict_all(self) -> None:
         """Remove every unlocked prefix."""
@@ -134,13 +139,13 @@ class Reclaimer:
             node.settled = True
 
     def _core(self, node: RadixNode) -> Tensor | None:
-        if not node.prunable or self._choose_core is None:
+        if not node.prunable or self.choose_core is None:
             # Full attention needs all of it again: it can only move as a whole.
             return torch.zeros(node.slots.num_slots, dtype=torch.bool, device=self._pool.kv.device)
-        return self._choose_core(node.slots, self._pool.importance[node.slots.slots].float())
+        return self.choose_core(node.slots, self._pool.importance[node.slots.slots].float())
 
     def _may_drop(self, node: RadixNode) -> bool:
-        return self._may_prune and node.prunable and self._choose_core is not None
+        return self._may_prune and node.prunable and self.choose_core is not None
 
     def _demote(self, node: RadixNode, rest: HeadSlots, core: HeadSlots | None) -> bool:
         """Move ``rest`` of a node to the host tier; False when it does not fit there."""

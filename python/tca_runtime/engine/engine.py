@@ -22,12 +22,12 @@ from tca_runtime.engine.output import LaunchedStep
 from tca_runtime.engine.sampler import Sampler
 from tca_runtime.engine.step import ChunkInput, StepInput, StepOutput
 from tca_runtime.engine.upload import upload, upload_ints
-from tca_runtime.models.loader import load_model
+from tca_runtime.models.loader import LoadedModel, load_model
 from tca_runtime.sparsity.batched import BatchedSelection
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, StepSelection
 from tca_runtime.sparsity.core import BudgetedCore
 from tca_runtime.sparsity.load import load_settings
-from tca_runtime.sparsity.settings import ModelIdentity
+from tca_runtime.sparsity.settings import ModelIdentity, SparsitySettings
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,9 @@ class Engine:
     is_asynchronous : whether a launched step computes while the host goes on
     """
 
-    def __init__(self, config: RuntimeConfig) -> None:
-        loaded = load_model(config.model)
+    def __init__(self, config: RuntimeConfig, loaded: LoadedModel | None = None) -> None:
+        """``loaded``: a model in memory to share, instead of loading ``config.model``."""
+        loaded = loaded or load_model(config.model)
         self.model = loaded.model
         self.model_config = loaded.config
         self.device = loaded.device
@@ -76,16 +77,14 @@ class Engine:
             num_kv_heads=self.shape.num_kv_heads,
             head_dim=self.shape.head_dim,
         )
-        self.sparsity = load_settings(config.sparsity, identity, config.model.model_path)
-        core = BudgetedCore(self.sparsity, self.shape.rows) if self.sparsity else None
         self.cache = CacheManager(
             pool,
             views,
             not config.cache.disable_radix_cache,
             host=host_pool(config.sparsity, self.shape),
-            choose_core=core,
             may_prune=config.sparsity.tca_retention != "never",
         )
+        self.use_sparsity(load_settings(config.sparsity, identity, config.model.model_path))
         self.backend = create_backend(config.attention.attention_backend, self.shape, pool.kv)
         self.backend.before_layer = self.cache.transfers.wait_for
         self.sampler = Sampler(loaded.config.vocab_size, self.device)
@@ -95,6 +94,16 @@ class Engine:
         self._graphs: DecodeGraphs | None = None
         self._max_batch = config.scheduler.max_running_requests
         logger.info("KV pool: %d tokens, %d slots", tokens, pool.capacity)
+
+    def use_sparsity(self, settings: SparsitySettings | None) -> None:
+        """Select by other settings from now on; None for full attention.
+
+        A scheduler reads them when it is made, so requests that run must have ended. Cached
+        prefixes stay; who changes what a prefix's K and V depend on flushes the cache.
+        """
+        self.sparsity = settings
+        core = BudgetedCore(settings, self.shape.rows) if settings else None
+        self.cache.reclaimer.choose_core = core
 
     def run(self, step: StepInput) -> StepOutput:
         """Compute one step: write K and V, sample the next tokens."""

@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tca_runtime.channels import Receiver, Sender
 from tca_runtime.config import RuntimeConfig
 from tca_runtime.engine.grammar import GrammarCompiler, GrammarError
 from tca_runtime.engine.step import (
@@ -35,6 +34,7 @@ from tca_runtime.scheduler.results import check_finish, take_output
 from tca_runtime.sparsity.chooser import DecodeView
 
 if TYPE_CHECKING:
+    from tca_runtime.channels import Receiver, Sender
     from tca_runtime.engine.engine import Engine
 
 logger = logging.getLogger(__name__)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.sparsity.layout import Layout
 from tca_runtime.sparsity.policies import Candidates
+from tca_runtime.sparsity.policies.base import keep_best
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 from tca_runtime.sparsity.settings import SparsitySettings
 
@@ -43,6 +45,45 @@ class BudgetedCore:
         candidates = Candidates(importance[index], nothing, block, 1.0, nothing, slots.slots[index])
         keep = torch.ones(slots.num_slots, dtype=torch.bool, device=device)
         keep[index] = TCAPolicy().choose(candidates, counts.reshape(-1, counts.shape[-1]), kept)
+        return keep
+
+
+@dataclass(frozen=True, eq=False)
+class SharedCore:
+    """As many slots as ``BudgetedCore`` keeps, but heads compete for them.
+
+    Importances are attention weights, so those of different heads compare: a head that attends to
+    a few places leaves its slots to heads that attend to many. Each keeps a part of its budget
+    whatever the others need.
+
+    Parameters
+    ----------
+    floor : share of a head's budget that it keeps in any case
+    """
+
+    settings: SparsitySettings
+    rows: int
+    floor: float = 0.25
+
+    def __call__(self, slots: HeadSlots, importance: Tensor) -> Tensor | None:
+        block = self.settings.block
+        layout = Layout.of([slots], slots.end, block)
+        if not layout.num_candidates:
+            return None
+        device = importance.device
+        begins = torch.from_numpy(slots.indptr[:-1]).to(device)
+        index = begins[:, None] + layout.entries(slice(0, self.rows), device)
+        budget = self.settings.decode.kept_tokens(layout.num_candidates // block).reshape(-1)
+        total = int(budget.sum())
+        if total == index.numel():
+            return None
+        worth = importance[index]
+        certain = keep_best(worth, (budget * self.floor).astype(np.int64))
+        best = worth.masked_fill(certain, torch.inf).flatten().topk(total).indices
+        keep = torch.ones(slots.num_slots, dtype=torch.bool, device=device)
+        chosen = torch.zeros(index.numel(), dtype=torch.bool, device=device)
+        chosen[best] = True
+        keep[index] = chosen.view_as(index)
         return keep
 
 

@@ -10,14 +10,20 @@ from tca_runtime.sparsity.policies.baselines import (
     SnapKVPolicy,
     StreamingPolicy,
 )
+from tca_runtime.sparsity.policies.pages import PagesPolicy
+from tca_runtime.sparsity.policies.retrieval import H2OPolicy, QuestPolicy, TopKPolicy
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 
 POLICIES: dict[str, type[SelectionPolicy]] = {
     "tca": TCAPolicy,
+    "pages": PagesPolicy,
     "snapkv": SnapKVPolicy,
     "keydiff": KeyDiffPolicy,
     "expected-attention": ExpectedAttentionPolicy,
     "streaming": StreamingPolicy,
+    "topk": TopKPolicy,
+    "quest": QuestPolicy,
+    "h2o": H2OPolicy,
     "full": FullPolicy,
 }
 

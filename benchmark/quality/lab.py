@@ -1,0 +1,192 @@
+"""The runtime's engine and scheduler in this process, switched between configurations."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from benchmark.quality.configurations import Configuration
+from benchmark.workers.engine_loop import Inbox, Outbox
+from tca_runtime.config import (
+    AttentionArgs,
+    CacheArgs,
+    ModelArgs,
+    RuntimeConfig,
+    SchedulerArgs,
+    SparsityArgs,
+)
+from tca_runtime.engine.engine import Engine
+from tca_runtime.messages import GenerateRequest, LogprobOptions, TokenOutput
+from tca_runtime.models.loader import LoadedModel, load_model
+from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.scheduler.scheduler import Scheduler
+from tca_runtime.sparsity.core import SharedCore
+
+# Settings of the loop on each kind of device: requests that decode together, tokens per step.
+BATCH = {"cuda": (64, 8192), "cpu": (8, 2048)}
+
+
+class LabError(RuntimeError):
+    """The runtime refused or aborted a request of the lab."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt to continue greedily; nothing is generated with ``max_new_tokens`` 0."""
+
+    rid: str
+    ids: list[int]
+    max_new_tokens: int
+    extra_key: str | None = None
+    logprobs: LogprobOptions | None = None
+
+
+@dataclass
+class Reply:
+    """What came back, as ``meta_info`` would tell it."""
+
+    ids: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    tca: dict[str, Any] | None = None
+    outputs: list[TokenOutput] = field(default_factory=list)
+
+
+class Lab:
+    """One engine over a model that is in memory; configurations come and go.
+
+    Parameters
+    ----------
+    tokens : capacity of the KV pool, None for what the device has
+    host_gib : size of the host tier
+    retention : as ``--tca-retention``; with ``never`` configurations whose prompts have the same
+        K and V share what is cached
+    core : which slots stay when prefixes shrink, ``budgeted`` or ``shared``
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        tokens: int | None = None,
+        host_gib: float = 0.0,
+        retention: str = "never",
+        max_running: int | None = None,
+        backend: str = "auto",
+        core: str = "budgeted",
+    ) -> None:
+        batch, chunk = BATCH[loaded.device.type]
+        self.config = RuntimeConfig(
+            cache=CacheArgs(max_total_tokens=tokens),
+            scheduler=SchedulerArgs(
+                max_running_requests=max_running or batch,
+                max_queued_requests=1 << 20,
+                chunked_prefill_size=chunk,
+                schedule_policy="fcfs",
+            ),
+            attention=AttentionArgs(attention_backend=backend),
+            sparsity=SparsityArgs(
+                disable_tca=True, tca_retention=retention, host_cache_size=host_gib
+            ),
+        )
+        self.engine = Engine(self.config, loaded)
+        self.engine.warm_up()
+        self.configuration: Configuration | None = None
+        self._inbox, self._outbox = Inbox(), Outbox()
+        self._prefill_key: str | None = None
+        self._core = core
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit into the KV pool."""
+        return self.engine.cache.capacity_tokens
+
+    def use(self, configuration: Configuration) -> None:
+        """Select by ``configuration`` from now on; drops prefixes it could not have computed."""
+        shape = self.engine.shape
+        settings = configuration.settings(shape.num_layers, shape.num_kv_heads)
+        self.engine.use_sparsity(settings)
+        if settings is not None and self._core == "shared":
+            self.engine.cache.reclaimer.choose_core = SharedCore(settings, shape.rows)
+        if configuration.prefill_key != self._prefill_key:
+            self.engine.cache.flush()
+        self._prefill_key = configuration.prefill_key
+        self.configuration = configuration
+        self.scheduler = Scheduler(
+            self.config,
+            self.engine,
+            cast("Any", None),
+            cast("Any", self._inbox),
+            cast("Any", self._outbox),
+            self.engine.model_config.max_position,
+        )
+        self.scheduler.stream_interval = float("inf")
+
+    def flush(self) -> None:
+        self.engine.cache.flush()
+
+    def generate(
+        self, asks: Sequence[Ask], done: Callable[[str], Any] = lambda rid: None
+    ) -> dict[str, Reply]:
+        """Run all requests together; replies by ``rid``.
+
+        Raises
+        ------
+        LabError
+            When a request was refused or aborted.
+        """
+        assert self.configuration is not None
+        limit = self.configuration.max_dropped_mass
+        custom = {} if limit is None else {"max_dropped_mass": limit}
+        for ask in asks:
+            sampling = SamplingParams(
+                max_new_tokens=ask.max_new_tokens, temperature=0.0, custom_params=custom
+            )
+            self._inbox.messages.append(
+                GenerateRequest(
+                    rid=ask.rid,
+                    input_ids=np.asarray(ask.ids, dtype="<i4").tobytes(),
+                    sampling=sampling,
+                    extra_key=ask.extra_key,
+                    logprobs=ask.logprobs,
+                )
+            )
+        replies = {ask.rid: Reply() for ask in asks}
+        left = len(replies)
+        while left:
+            self.scheduler.run_once()
+            for output in self._outbox.outputs:
+                left -= self._take(output, replies[output.rid])
+                if output.finish is not None:
+                    done(output.rid)
+            self._outbox.outputs.clear()
+        return replies
+
+    @staticmethod
+    def _take(output: TokenOutput, reply: Reply) -> bool:
+        reply.ids += output.token_ids
+        reply.outputs.append(output)
+        reply.cached_tokens = output.cached_tokens
+        reply.tca = output.tca or reply.tca
+        if output.finish is not None and output.finish.type == "abort":
+            raise LabError(f"{output.rid}: {output.finish.message}")
+        return output.finish is not None
+
+
+def load(model: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a model once, for all labs of this process."""
+    begin = time.perf_counter()
+    loaded = load_model(ModelArgs(model_path=model, device=device, dtype=dtype))
+    print(f"loaded {model} in {time.perf_counter() - begin:.1f} s on {loaded.device}", flush=True)
+    return loaded
+
+
+def release() -> None:
+    """Give memory of dropped labs back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,141 @@
+"""From records to cells, tables and the page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmark.quality import report
+from benchmark.quality.cells import cells
+from benchmark.quality.report import books, errors, fill, load_records, task_table
+from benchmark.quality.statistics import bootstrap
+
+
+def answer(config: str, task: str, number: int, score: float, **more: Any) -> dict[str, Any]:
+    return {
+        "kind": "answer",
+        "model": "m",
+        "data": "ruler-8192",
+        "config": config,
+        "sample": f"{task}/{number}",
+        "task": task,
+        "score": score,
+        "prompt": 100,
+        "cached": 50,
+        **more,
+    }
+
+
+def some_records() -> list[dict[str, Any]]:
+    records = []
+    for number in range(10):
+        records += [
+            answer("full", "easy", number, 1.0),
+            answer("full", "hard", number, 0.5),
+            answer("full", "hopeless", number, 0.1),
+            answer("tca p15 k39", "easy", number, 1.0, kept=0.4, dropped=0.02),
+            answer("tca p15 k39", "hard", number, float(number < 3), kept=0.4, dropped=0.02),
+            answer("tca p15 k39", "hopeless", number, 1.0, kept=0.4, dropped=0.02),
+        ]
+    records.append(answer("tca p15 k39", "hard", 99, 1.0, kept=0.4))
+    records.append(answer("streaming p100 k39", "easy", 0, 0.0, kept=0.4))
+    time = {"kind": "time", "model": "m", "data": "ruler-8192", "config": "full", "seconds": 2.5}
+    return [{"kind": "run", "model": "m", "data": ""}, *records, time, time]
+
+
+def test_cells_compare_the_same_samples_of_tasks_that_count() -> None:
+    full, sparse, streaming = cells(some_records())
+    assert full.accuracy.mean == pytest.approx(75) and full.difference.mean == 0
+    assert full.seconds == 5.0
+    # Task means 1.0 and 0.3; what full attention cannot do and did not answer is left out.
+    assert sparse.num_samples == 20
+    assert sparse.accuracy.mean == pytest.approx(65)
+    assert sparse.difference.mean == pytest.approx(-10)
+    assert sparse.difference.low < -10 < sparse.difference.high <= 5
+    assert sparse.by_task["hopeless"] == 100
+    assert sparse.kept == pytest.approx(0.4) and sparse.cached == 0.5
+    assert (streaming.num_samples, streaming.full) == (1, 100)
+
+
+def test_nothing_without_full_attention() -> None:
+    assert cells([answer("tca p15 k39", "easy", 0, 1.0)]) == []
+
+
+def test_intervals_hold_what_they_say() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for seed in range(100):
+        values = rng.random(60) < 0.7
+        found = bootstrap(values.astype(float), ["a"] * 30 + ["b"] * 30, seed)
+        hits += found.low <= 70 <= found.high
+    assert 86 <= hits <= 100
+
+
+def test_the_page_is_filled_between_its_marks() -> None:
+    page = "Text\n<!-- begin headline -->\nold\n<!-- end headline -->\nMore\n"
+    page += "<!-- begin books --><!-- end books -->\n<!-- begin tasks -->\n<!-- end tasks -->\n"
+    records = some_records()
+    others = {"books": "no books"}
+    filled = fill(page, cells(records), others)
+    assert filled.startswith("Text\n<!-- begin headline -->\n| model |")
+    assert "| m | ruler-8192 | `tca p15 k39` | 20 | 40.0 | 65.0 [" in filled
+    assert "old" not in filled and "streaming" not in filled and "\nMore\n" in filled
+    assert "| hopeless | 10 | 100 |" in filled
+    assert "<!-- begin books -->\nno books\n<!-- end books -->" in filled
+    assert fill(filled, cells(records), others) == filled
+    assert report.NOTHING in fill(page, [], others)
+    with pytest.raises(ValueError, match="nonsense"):
+        fill("<!-- begin nonsense --><!-- end nonsense -->", [], {})
+
+
+def test_tasks_that_a_configuration_lacks_stay_empty() -> None:
+    lines = task_table(cells(some_records())).splitlines()
+    assert lines[0] == "| task | `full` | `tca p15 k39` | `streaming p100 k39` |"
+    assert lines[2] == "| easy | 100 | 100 | 0 |"
+    assert lines[3] == "| hard | 50 | 36 |  |"
+
+
+def test_books_have_a_row_per_configuration() -> None:
+    shared = {"kind": "likelihood", "model": "m", "data": "books-8192", "config": "full"}
+    records = [{**shared, "nll": n, "agree": 1.0, "kl": 0.0, "same": 64} for n in (1.0, 3.0)]
+    assert f"| m | books-8192 | `full` | 2 |  | {np.exp(2):.3f} | 100.0 | 0.0000 | 64.0 |" in books(
+        records
+    )
+
+
+def test_errors_show_a_few_layers(tmp_path: Path) -> None:
+    assert errors(tmp_path) == report.NOTHING
+    layer = {"dropped_mass": 0.02, "error": 0.1, "diameter": 0.5, "theorem": 0.9}
+    layers = [{**layer, "worst_ratio": 0.4, "accumulated": 0.01 * i} for i in range(24)]
+    found = {"model": "m", "configurations": {"tca p100 k39": layers}}
+    (tmp_path / "errors-m.json").write_text(json.dumps(found))
+    rows = errors(tmp_path).splitlines()
+    assert len(rows) == 2 + 6
+    assert rows[2].startswith("| m | `tca p100 k39` | 0 | 2.00 | 0.100 | 0.500 | 0.900 | 0.400 |")
+    assert rows[-1].endswith("| 0.230 |")
+
+
+def test_report_writes_page_images_and_summary(tmp_path: Path) -> None:
+    results, page = tmp_path / "results", tmp_path / "quality.md"
+    results.mkdir()
+    records = some_records()
+    text = "".join(json.dumps(r) + "\n" for r in records)
+    (results / "a.jsonl").write_text(text[: len(text) // 2] + "\n")
+    with lzma.open(results / "b.jsonl.xz", "wt") as file:
+        file.write(text)
+    page.write_text("<!-- begin headline -->\n<!-- end headline -->\n")
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    where = ["--results", str(results), "--page", str(page), "--images", str(tmp_path / "i")]
+    report.run(parser.parse_args(where))
+    assert "65.0" in page.read_text()
+    summary = json.loads((results / "summary.json").read_text())
+    assert [c["key"]["config"] for c in summary][:2] == ["full", "tca p15 k39"]
+    assert (tmp_path / "i" / "quality_m_ruler-8192.png").stat().st_size > 5000
+    assert len(load_records(results)) > len(records)

@@ -141,7 +141,7 @@ def test_the_pool_is_never_over_committed(seed: int, retention: str) -> None:
             server.mail.inbound.append(AbortRequest(rid=str(rng.choice(list(expected)))))
         server.scheduler.run_once()
         usage = server.engine.cache.usage()
-        assert 0 <= usage.free_slots and usage.running_slots + usage.tree_slots <= usage.total_slots
+        assert usage.free_slots >= 0 and usage.running_slots + usage.tree_slots <= usage.total_slots
         server.engine.cache.check(every_slot=step % 10 == 0)
         if not waiting and server.scheduler.planner.is_idle:
             break

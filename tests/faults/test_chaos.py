@@ -1,0 +1,20 @@
+"""A minute of chaos; ``python -m benchmark.chaos`` runs for longer."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmark.chaos.__main__ import main
+
+pytestmark = pytest.mark.slow
+
+COMMON = ("--no-save", "--no-full-check", "--clients", "16")
+
+
+def test_pressure_and_rude_clients() -> None:
+    """Nothing is lost, and memory was short enough for every way to give it up."""
+    assert main([*COMMON, "--minutes", "0.6", "--seed", "1"]) == 0
+
+
+def test_killed_schedulers() -> None:
+    assert main([*COMMON, "--minutes", "0.8", "--seed", "2", "--kill-every", "8"]) == 0

@@ -23,10 +23,9 @@ class Journal:
         self.steps: list[str] = []
         self._cache = server.engine.cache
         self._reclaimer: Any = server.engine.cache.reclaimer
-        self._may_shrink = False
-        self._wrap("_demote", self._on_demote)
-        self._wrap("prune", self._on_prune)
-        self._wrap("_evict", self._on_evict)
+        self._wrap("_demote", after=self._on_demote)
+        self._wrap("prune", before=self._on_prune)
+        self._wrap("_evict", before=self._on_evict)
         planner: Any = server.scheduler.planner
         retract = planner._retract
 
@@ -38,31 +37,31 @@ class Journal:
 
         planner._retract = retracting
 
-    def _wrap(self, name: str, note: Any) -> None:
+    def _wrap(self, name: str, before: Any = None, after: Any = None) -> None:
         original = getattr(self._reclaimer, name)
 
         def wrapped(*args: Any) -> Any:
-            before = self._reclaimer.host.num_free if self._reclaimer.host else 0
+            if before is not None:
+                before(*args)
             done = original(*args)
-            note(before, done, *args)
+            if after is not None:
+                after(done)
             return done
 
         setattr(self._reclaimer, name, wrapped)
 
-    def _on_demote(self, before: int, done: bool, node: RadixNode, *args: Any) -> None:
+    def _on_demote(self, done: bool) -> None:
         if done:
             self.steps.append("demote")
 
-    def _on_prune(self, before: int, done: None, node: RadixNode, keep: Any) -> None:
+    def _on_prune(self, node: RadixNode, keep: Any) -> None:
         self.steps.append("prune")
 
-    def _on_evict(self, before: int, done: None, node: RadixNode, wanted: int | None) -> None:
+    def _on_evict(self, node: RadixNode, wanted: int | None) -> None:
         if wanted is None:
             # A node of the host tier makes way for one that is demoted.
             return
         full = self._cache.tree.full.pop()
-        if full is not None:
-            self._cache.tree.full.offer(full)
         assert full is None, "evicted while a complete prefix could still shrink"
         self.steps.append("evict")
 
@@ -81,12 +80,12 @@ def test_memory_is_given_up_in_order() -> None:
     for i in range(12):
         server.ask(prompt(i, 700), 4)
     for i in range(4):
-        server.submit(f"r{i}", prompt(50 + i, 500), 600)
+        server.submit(f"long{i}", prompt(50 + i, 500), 600)
     server.run()
     order = [journal.first(step) for step in ("demote", "prune", "evict", "retract")]
     assert order == sorted(order)
     for i in range(4):
-        assert len(server.tokens(f"r{i}")) == 600
+        assert len(server.tokens(f"long{i}")) == 600
 
 
 def test_without_a_host_tier_pruning_comes_first() -> None:
@@ -95,7 +94,7 @@ def test_without_a_host_tier_pruning_comes_first() -> None:
     for i in range(12):
         server.ask(prompt(i, 700), 4)
     for i in range(4):
-        server.submit(f"r{i}", prompt(50 + i, 500), 600)
+        server.submit(f"long{i}", prompt(50 + i, 500), 600)
     server.run()
     assert "demote" not in journal.steps
     assert journal.first("prune") < journal.first("evict") < journal.first("retract")
@@ -109,7 +108,7 @@ def test_counters_of_the_state_are_what_happened() -> None:
     for i in range(12):
         server.ask(prompt(i, 700), 4)
     for i in range(4):
-        server.submit(f"r{i}", prompt(50 + i, 500), 600)
+        server.submit(f"long{i}", prompt(50 + i, 500), 600)
     server.run()
     state = server.scheduler.state()
     for step, counter in (("demote", "demoted"), ("prune", "pruned"), ("evict", "evicted")):

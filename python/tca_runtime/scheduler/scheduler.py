@@ -210,6 +210,9 @@ class Scheduler:
 
     def _show(self, request: Request, view: DecodeView | None) -> None:
         """Let a request decode with the view that its prompt's last chunk selected."""
+        if request.selected_at is not None:
+            # Also when there was nothing to choose from: the next look is a refresh later.
+            request.selected_at = request.num_tokens
         if view is None or request.sequence is None:
             return
         cache = self.engine.cache

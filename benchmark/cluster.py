@@ -44,6 +44,10 @@ ROUTER_FLAGS = (
     *("--policy", "cache_aware", "--disable-circuit-breaker"),
     *("--health-check-interval-secs", "1", "--health-check-timeout-secs", "2"),
     *("--health-failure-threshold", "2", "--health-success-threshold", "1"),
+    # Long enough that health checks find a dead server first: until then the policy sends a retry
+    # to where its prefix was, which is the dead one.
+    *("--retry-max-retries", "8", "--retry-initial-backoff-ms", "200"),
+    *("--retry-backoff-multiplier", "2", "--retry-max-backoff-ms", "2000"),
     *("--worker-startup-check-interval", "1", "--log-level", "warn"),
 )
 START_S = 60.0

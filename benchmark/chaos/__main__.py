@@ -32,7 +32,7 @@ from benchmark.server_process import RunningServer, running_server
 TINY = ("--load-format", "dummy", "--model-config", "tiny")
 # A memory that the traffic overfills, and selection from short prompts on.
 PRESSURE = (
-    *("--max-total-tokens", "5000", "--host-cache-size", "0.001", "--max-running-requests", "16"),
+    *("--max-total-tokens", "3000", "--host-cache-size", "0.001", "--max-running-requests", "24"),
     *("--tca-config", "uniform:0.3", "--tca-window", "64", "--tca-min-candidates", "64"),
     *("--tca-refresh", "64", "--chunked-prefill-size", "512"),
 )
@@ -257,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="of traffic")
     parser.add_argument("--model", default="tiny", help="'tiny' for random weights, or a model")
-    parser.add_argument("--clients", type=int, default=24, help="at a time")
+    parser.add_argument("--clients", type=int, default=32, help="at a time")
     parser.add_argument("--seed", type=int, default=0, help="of requests, conducts and faults")
     parser.add_argument("--kill-every", type=float, help="seconds between faults of the scheduler")
     parser.add_argument(

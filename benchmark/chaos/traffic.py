@@ -17,7 +17,7 @@ _WEIGHTS = (30, 30, 8, 12, 10, 10)
 
 _SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+    "properties": {"name": {"enum": ["Ada", "Alan"]}, "age": {"type": "integer"}},
     "required": ["name", "age"],
     "additionalProperties": False,
 }
@@ -65,7 +65,7 @@ class Traffic:
             self._short: 30,
             self._long: 12,
             self._shared: 22,
-            self._endless: 6,
+            self._endless: 14,
             self._constrained: 10,
             self._several: 6,
             self._logprobs: 5,
@@ -111,7 +111,7 @@ class Traffic:
 
     def _endless(self, conduct: Conduct, rid: str) -> Job:
         # Outgrows the memory that was free when it was admitted: somebody is retracted.
-        tokens = self._random.randint(self._limit // 10, self._limit // 4)
+        tokens = self._random.randint(self._limit // 8, self._limit // 3)
         return self._generate("long output", conduct, rid, self._ids(30), tokens)
 
     def _several(self, conduct: Conduct, rid: str) -> Job:

@@ -8,7 +8,7 @@ from benchmark.chaos.__main__ import main
 
 pytestmark = pytest.mark.slow
 
-COMMON = ("--no-save", "--no-full-check", "--clients", "16")
+COMMON = ("--no-save", "--no-full-check")
 
 
 def test_pressure_and_rude_clients() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tca_runtime.cache.radix_tree import RadixNode
 from tca_runtime.messages import AbortRequest, FinishReason, TokenBatch
 from tests.scheduler.fakes import ROWS, Harness
 from tests.scheduler.test_tca import Server, prompt
@@ -23,9 +22,9 @@ class Journal:
         self.steps: list[str] = []
         self._cache = server.engine.cache
         self._reclaimer: Any = server.engine.cache.reclaimer
-        self._wrap("_demote", after=self._on_demote)
-        self._wrap("prune", before=self._on_prune)
-        self._wrap("_evict", before=self._on_evict)
+        self._wrap("_demote")
+        self._wrap("prune")
+        self._wrap("_evict")
         planner: Any = server.scheduler.planner
         retract = planner._retract
 
@@ -37,33 +36,24 @@ class Journal:
 
         planner._retract = retracting
 
-    def _wrap(self, name: str, before: Any = None, after: Any = None) -> None:
+    def _wrap(self, name: str) -> None:
         original = getattr(self._reclaimer, name)
+        counts = self._reclaimer.counts
 
         def wrapped(*args: Any) -> Any:
-            if before is not None:
-                before(*args)
+            if name == "_evict" and args[1] is not None:
+                # Room is wanted on the device; otherwise a node of the host tier makes way there.
+                full = self._cache.tree.full.pop()
+                assert full is None, "evicted while a complete prefix could still shrink"
+            before = counts.pruned, counts.demoted, counts.evicted
             done = original(*args)
-            if after is not None:
-                after(done)
+            after = counts.pruned, counts.demoted, counts.evicted
+            for step, old, new in zip(("prune", "demote", "evict"), before, after, strict=True):
+                if new > old:
+                    self.steps.append(step)
             return done
 
         setattr(self._reclaimer, name, wrapped)
-
-    def _on_demote(self, done: bool) -> None:
-        if done:
-            self.steps.append("demote")
-
-    def _on_prune(self, node: RadixNode, keep: Any) -> None:
-        self.steps.append("prune")
-
-    def _on_evict(self, node: RadixNode, wanted: int | None) -> None:
-        if wanted is None:
-            # A node of the host tier makes way for one that is demoted.
-            return
-        full = self._cache.tree.full.pop()
-        assert full is None, "evicted while a complete prefix could still shrink"
-        self.steps.append("evict")
 
     def first(self, step: str) -> int:
         return self.steps.index(step)

@@ -135,8 +135,10 @@ async def _run(server: RunningServer, args: argparse.Namespace) -> Run:
     run = Run()
     started = time.monotonic()
     stop_at = started + 60 * args.minutes
-    # Little buffering: a slow reader must make the server wait.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    # A connection for each request: one that is kept may be closed by the server as it is used
+    # again, which no client could tell from a lost request. And little buffering: a slow reader
+    # must make the server wait.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(
         connector=connector, read_bufsize=1 << 12, timeout=aiohttp.ClientTimeout(total=None)
     ) as http:

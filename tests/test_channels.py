@@ -18,6 +18,7 @@ from tca_runtime.messages import (
     AbortRequest,
     Control,
     GenerateRequest,
+    Heartbeat,
     TokenBatch,
     TokenOutput,
     ToScheduler,
@@ -57,6 +58,14 @@ def test_rid_of_a_request_that_is_cut_off(rid: str) -> None:
         name_is_whole = end >= begin + len(encode(rid))
         assert error.rids == ([rid] if name_is_whole else None)
         assert error.tag in ("", "GenerateRequest")
+
+
+def test_a_heartbeat_that_is_cut_off_is_about_no_request() -> None:
+    raw = encode(Heartbeat(state={"num_running_reqs": 1}))
+    begin = raw.index(b"state") + len(b"state")
+    for end in range(len(raw)):
+        expected = [] if end > begin else None
+        assert UnreadableMessage(raw[:end], ValueError("x")).rids == expected
 
 
 def test_rids_of_a_batch() -> None:

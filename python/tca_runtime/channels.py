@@ -22,12 +22,10 @@ logger = logging.getLogger(__name__)
 # Far above any real message; a receiver drops the connection of a peer that sends more.
 MAX_MESSAGE_BYTES = 256 << 20
 
-# How a struct with a tag and a rid begins, when not even its msgpack is intact.
-_HEADER = re.compile(
-    rb"[\x80-\x8f]\xa4type[\xa0-\xbf](?P<tag>[A-Za-z]+)\xa3rid"
-    rb"(?:[\xa0-\xbf]|\xd9(?P<short>.)|\xda(?P<long>..))",
-    re.DOTALL,
-)
+# How a struct with a tag begins, when not even its msgpack is intact, and the keys that can follow.
+_TAG = re.compile(rb"[\x80-\x8f]\xa4type[\xa0-\xbf](?P<tag>[A-Za-z]+)(?=[\xa0-\xbf])")
+_RID = re.compile(rb"\xa3rid(?:[\xa0-\xbf]|\xd9(?P<short>.)|\xda(?P<long>..))", re.DOTALL)
+_KEY = re.compile(rb"[\xa0-\xbf](?P<key>[a-z_]+)")
 
 
 class MessageTooLarge(ValueError):
@@ -181,11 +179,18 @@ def _concerned(raw: bytes) -> tuple[str, list[str] | None]:
 
 
 def _header(raw: bytes) -> tuple[str, list[str] | None]:
-    found = _HEADER.match(raw)
-    if found is None:
+    tag = _TAG.match(raw)
+    if tag is None:
         return "", None
+    name = tag["tag"].decode()
+    key = _KEY.match(raw, tag.end())
+    if key is not None and key["key"] not in (b"rid", b"outputs"):
+        # About no request; cut off within the key, it could still have been.
+        return name, [] if key.end() < len(raw) else None
+    found = _RID.match(raw, tag.end())
+    if found is None:
+        return name, None
     size = found["short"] or found["long"]
     length = int.from_bytes(size, "big") if size else raw[found.end() - 1] - 0xA0
-    name = raw[found.end() : found.end() + length]
-    rid = name.decode(errors="replace") if len(name) == length else None
-    return found["tag"].decode(), None if rid is None else [rid]
+    rid = raw[found.end() : found.end() + length]
+    return name, [rid.decode(errors="replace")] if len(rid) == length else None

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = asyncio.run(_run(server, args))
     earlier = _earlier(name) if args.add else []
     runs = [*earlier, run.summary()]
-    figures = _figures(runs)
+    figures = _figures(runs, under_pressure=args.model == "tiny")
     print(format_figures(figures))
     for violation in runs[-1]["violations"][:20]:
         print("VIOLATION:", violation)
@@ -225,7 +225,7 @@ def _earlier(name: str) -> list[dict[str, Any]]:
     return runs
 
 
-def _figures(runs: Sequence[dict[str, Any]]) -> list[Figure]:
+def _figures(runs: Sequence[dict[str, Any]], under_pressure: bool) -> list[Figure]:
     seconds = sum(run["seconds"] for run in runs)
     requests = sum(run["requests"] for run in runs)
     violations = sum(len(run["violations"]) for run in runs)
@@ -247,7 +247,8 @@ def _figures(runs: Sequence[dict[str, Any]]) -> list[Figure]:
     for what in ("demoted", "promoted", "pruned", "evicted", "retracted"):
         total = sum(run["reclaimed"][what] for run in runs)
         unit = "requests" if what == "retracted" else "slots"
-        figures.append(Figure(what, total, unit, "at least", 1))
+        # Only a fast model makes enough of a crowd for all of them in any run.
+        figures.append(Figure(what, total, unit, "at least", 1 if under_pressure else None))
     return figures
 
 

@@ -143,6 +143,7 @@ async def _run(server: RunningServer, args: argparse.Namespace) -> Run:
     ) as http:
         info = await _info(http, server.url)
         limits = info["max_total_num_tokens"], info["context_length"]
+        print(f"the server is ready: {server.url}", flush=True)
         clients = [
             asyncio.create_task(
                 _client(http, server.url, Traffic(seed, *limits), random.Random(seed), run, stop_at)
@@ -152,6 +153,7 @@ async def _run(server: RunningServer, args: argparse.Namespace) -> Run:
         if args.kill_every:
             await _kill(http, server, run, stop_at, args)
         await asyncio.gather(*clients)
+        print(f"{len(run.records)} requests are through", flush=True)
         await asyncio.sleep(IDLE_CHECK_S)
         run.info = await _info(http, server.url)
         async with http.post(server.url + "/flush_cache") as response:

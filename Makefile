@@ -8,10 +8,14 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 EXTRA := $(if $(GPU),[gpu],)
 CONSTRAINTS := $(if $(GPU),,-c constraints-cpu.txt)
 
-.PHONY: serve test lint types format clean
+.PHONY: serve cluster test lint types format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m tca_runtime.launch_server $(ARGS)
+
+# Two servers on the CPU or GPU behind sglang-router on port 30000: `make cluster ARGS="--model X"`.
+cluster: $(VENV)/.dev
+	$(BIN)/python -m benchmark.cluster --serve $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)

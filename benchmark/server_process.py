@@ -37,9 +37,14 @@ class RunningServer:
 
 @contextmanager
 def running_server(
-    flags: Sequence[str], threads: int | None = None, start_timeout_s: float = 300
+    flags: Sequence[str],
+    threads: int | None = None,
+    start_timeout_s: float = 300,
+    module: str = "tca_runtime.launch_server",
 ) -> Iterator[RunningServer]:
     """Run ``python -m tca_runtime.launch_server`` with ``flags`` while the block lasts.
+
+    ``module`` is run instead of it where the scheduler is to be different.
 
     Raises
     ------
@@ -49,7 +54,7 @@ def running_server(
     # SIGTERM would end this process without the block below, and leave the server behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     port = free_port()
-    command = [sys.executable, "-m", "tca_runtime.launch_server", *flags, "--port", str(port)]
+    command = [sys.executable, "-m", module, *flags, "--port", str(port)]
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "server.log"
         with log.open("wb") as out:

@@ -128,6 +128,20 @@ class ServerArgs:
 
 
 @dataclass(frozen=True)
+class FaultArgs:
+    """What happens when something breaks, and at the end."""
+
+    restart_on_crash: bool = _option(False, "start the scheduler anew when it dies or hangs")
+    max_restarts: int = _option(5, "restarts within ten minutes before the server gives up")
+    watchdog_timeout: float = _option(
+        300.0, "seconds without a sign of the scheduler until it counts as crashed; 0 is off"
+    )
+    shutdown_timeout: float = _option(
+        30.0, "seconds that open requests may run on after SIGTERM before they are ended"
+    )
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """All settings of one server."""
 
@@ -137,6 +151,7 @@ class RuntimeConfig:
     attention: AttentionArgs = AttentionArgs()
     sparsity: SparsityArgs = SparsityArgs()
     server: ServerArgs = ServerArgs()
+    faults: FaultArgs = FaultArgs()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> RuntimeConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,25 +15,29 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import uvicorn
 import uvloop
-import zmq
-import zmq.asyncio
+from transformers import PreTrainedTokenizerFast
 
-from tca_runtime.channels import AsyncReceiver, Sender
 from tca_runtime.config import RuntimeConfig, ServerArgs, parse_args
-from tca_runtime.messages import SchedulerFailed, SchedulerReady, ToScheduler, ToTokenizer
-from tca_runtime.scheduler.process import Addresses, run_scheduler
+from tca_runtime.fetch_model import FetchError
+from tca_runtime.gguf_file import GgufError
 from tca_runtime.server.app import build_app
-from tca_runtime.tokenizer.loading import load_tokenizer
+from tca_runtime.stdio import survive_full_disk
+from tca_runtime.supervisor import Life, StartupError, Supervisor
+from tca_runtime.tokenizer.loading import TokenizerError, load_tokenizer
 from tca_runtime.tokenizer.manager import TokenizerManager
 
 logger = logging.getLogger("tca_runtime")
 
 # How long a server whose scheduler died still answers, so that clients and probes see why.
 FAREWELL_SECONDS = 3.0
+# A client that takes nothing for this long, or has vanished without a word, is disconnected.
+STALLED_CLIENT_SECONDS = 300
+# How long replies that are complete may take to reach their clients at the end.
+FLUSH_SECONDS = 5
 
 # Read by the scheduler process when it loads its libraries.
 SCHEDULER_ENVIRONMENT = {
@@ -49,10 +52,6 @@ SCHEDULER_ENVIRONMENT = {
 }
 
 
-class StartupError(RuntimeError):
-    """The server could not start; the message says why."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a server until it is told to stop. Returns the process's exit status."""
     config = parse_args(argv)
@@ -63,19 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in SCHEDULER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    directory = tempfile.mkdtemp(prefix="tca-")
-    addresses = Addresses(f"ipc://{directory}/scheduler", f"ipc://{directory}/tokenizer")
     try:
         with (
             bind(config.server) as listener,
+            socket_directory() as directory,
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
-            return runner.run(serve(config, addresses, listener))
+            return runner.run(Launcher(config, directory, listener).run())
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def bind(args: ServerArgs) -> socket.socket:
@@ -84,6 +80,10 @@ def bind(args: ServerArgs) -> socket.socket:
     # With the protocol named, asyncio turns Nagle's algorithm off on accepted connections.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections inherit it. In milliseconds; only Linux has it.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        stalled_ms = STALLED_CLIENT_SECONDS * 1000
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stalled_ms)
     try:
         listener.bind((args.host, args.port))
     except OSError as error:
@@ -91,6 +91,19 @@ def bind(args: ServerArgs) -> socket.socket:
         reason = error.strerror or str(error)
         raise StartupError(f"cannot listen on {args.host}:{args.port}: {reason}") from error
     return listener
+
+
+@contextlib.contextmanager
+def socket_directory() -> Iterator[Path]:
+    """A directory that only this user can enter, gone with the server."""
+    try:
+        directory = tempfile.mkdtemp(prefix="tca-")
+    except OSError as error:
+        raise StartupError(f"cannot make a directory for sockets: {error}") from error
+    try:
+        yield Path(directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 class HttpServer(uvicorn.Server):
@@ -101,71 +114,94 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-async def serve(config: RuntimeConfig, addresses: Addresses, listener: socket.socket) -> int:
-    """Start the scheduler, then answer requests until a signal or the scheduler's end."""
-    context = zmq.asyncio.Context()
-    inbox: AsyncReceiver[ToTokenizer] = AsyncReceiver(context, addresses.tokenizer, ToTokenizer)
-    spawn = multiprocessing.get_context("spawn")
-    scheduler = spawn.Process(
-        target=run_scheduler, args=(config, addresses), name="scheduler", daemon=True
-    )
-    scheduler.start()
-    try:
-        info = await _wait_until_ready(inbox, scheduler)
-        outbox: Sender[ToScheduler] = Sender(zmq.Context.shadow(context), addresses.scheduler)
-        manager = TokenizerManager(config, load_tokenizer(config.model), outbox, inbox, info)
-        return await _serve_http(config, manager, scheduler, listener)
-    finally:
-        scheduler.terminate()
-        scheduler.join(timeout=5)
-        if scheduler.is_alive():
-            scheduler.kill()
+class Launcher:
+    """Runs HTTP over a supervised scheduler, from the start to an orderly end.
 
+    The first SIGTERM or SIGINT lets open requests finish and refuses new ones; a second one ends
+    the server at once.
+    """
 
-async def _wait_until_ready(
-    inbox: AsyncReceiver[ToTokenizer], scheduler: BaseProcess
-) -> dict[str, object]:
-    while True:
+    def __init__(self, config: RuntimeConfig, directory: Path, listener: socket.socket) -> None:
+        self._config = config
+        self._listener = listener
+        self._supervisor = Supervisor(config, directory)
+        self._told_to_stop = asyncio.Event()
+        self._hurried = asyncio.Event()
+        self._lost = False
+
+    async def run(self) -> int:
+        """Serve until a signal, or until the scheduler is lost for good; the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop)
+        starting = asyncio.create_task(self._supervisor.start())
+        stopping = asyncio.create_task(self._told_to_stop.wait())
         try:
-            received = await asyncio.wait_for(inbox.receive(), timeout=0.5)
-        except TimeoutError:
-            if scheduler.is_alive():
-                continue
-            status = scheduler.exitcode
-            raise StartupError(f"the scheduler exited with status {status}") from None
-        if isinstance(received, SchedulerReady):
-            return received.info
-        if isinstance(received, SchedulerFailed):
-            raise StartupError(received.traceback.strip().splitlines()[-1])
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                return 0
+            return await self._serve(starting.result())
+        finally:
+            for task in (starting, stopping):
+                task.cancel()
+            await asyncio.gather(starting, stopping, return_exceptions=True)
+            self._supervisor.end()
+
+    def _stop(self) -> None:
+        if self._told_to_stop.is_set():
+            self._hurried.set()
+        self._told_to_stop.set()
+
+    async def _serve(self, life: Life) -> int:
+        config = self._config
+        tokenizer = _tokenizer(config)
+        manager = TokenizerManager(config, tokenizer, life.outbox, life.inbox, life.info)
+        level = "debug" if config.server.log_level == "debug" else "warning"
+        app = build_app(config, manager)
+        server = HttpServer(
+            uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=FLUSH_SECONDS)
+        )
+        tasks = [
+            asyncio.create_task(self._supervise(life, manager, server)),
+            asyncio.create_task(self._drain(manager, server)),
+        ]
+        _print_ready(config, manager.served_model_name)
+        await server.serve(sockets=[self._listener])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return 1 if self._lost else 0
+
+    async def _supervise(
+        self, life: Life, manager: TokenizerManager, server: uvicorn.Server
+    ) -> None:
+        """Turn the loss of the scheduler into an exit with status 1."""
+        await self._supervisor.run(life, manager)
+        self._lost = True
+        await asyncio.sleep(0 if manager.draining else FAREWELL_SECONDS)
+        server.should_exit = True
+
+    async def _drain(self, manager: TokenizerManager, server: uvicorn.Server) -> None:
+        """Once told to stop: let open requests finish for a while, then end the rest."""
+        await self._told_to_stop.wait()
+        manager.draining = True
+        timeout = self._config.faults.shutdown_timeout
+        logger.info("shutting down; %d requests are open", manager.num_open)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while manager.num_open and not self._hurried.is_set():
+                    await asyncio.sleep(0.05)
+        if manager.num_open:
+            logger.warning("%d requests are ended unfinished", manager.num_open)
+            manager.end_open("the server is shutting down", 503)
+        server.should_exit = True
 
 
-async def _serve_http(
-    config: RuntimeConfig,
-    manager: TokenizerManager,
-    scheduler: BaseProcess,
-    listener: socket.socket,
-) -> int:
-    app = build_app(config, manager)
-    level = "debug" if config.server.log_level == "debug" else "warning"
-    server = HttpServer(uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=5))
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, setattr, server, "should_exit", True)
-    watcher = asyncio.create_task(_watch(manager, scheduler, server))
-    _print_ready(config, manager.served_model_name)
-    await server.serve(sockets=[listener])
-    watcher.cancel()
-    return 1 if manager.failure else 0
-
-
-async def _watch(manager: TokenizerManager, scheduler: BaseProcess, server: uvicorn.Server) -> None:
-    """Turn the scheduler's death into errors for its clients and an exit with status 1."""
-    while scheduler.is_alive():
-        await asyncio.sleep(0.2)
-    manager.fail(f"the scheduler exited with status {scheduler.exitcode}")
-    print(f"scheduler died: {manager.failure}", file=sys.stderr, flush=True)
-    await asyncio.sleep(FAREWELL_SECONDS)
-    server.should_exit = True
+def _tokenizer(config: RuntimeConfig) -> PreTrainedTokenizerFast:
+    try:
+        return load_tokenizer(config.model)
+    except (FetchError, GgufError, TokenizerError) as error:
+        raise StartupError(str(error)) from error
 
 
 def _print_ready(config: RuntimeConfig, model: str) -> None:
@@ -176,11 +212,10 @@ def _print_ready(config: RuntimeConfig, model: str) -> None:
         f"\nThe server is ready: {model} on {url}\n\nTry:\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
         f'    -d \'{{"model": "{model}", "temperature": 0, "messages": [{{"role": "user", '
-        '"content": "What is the capital of France?"}]}\'\n',
-        flush=True,
+        '"content": "What is the capital of France?"}]}\'\n'
     )
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    survive_full_disk()
     sys.exit(main())

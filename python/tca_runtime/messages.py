@@ -122,9 +122,13 @@ class SchedulerReady(_Message):
 
 
 class SchedulerFailed(_Message):
-    """The scheduler is about to exit; nothing more will follow."""
+    """The scheduler is about to exit; nothing more will follow.
+
+    ``reason``: what to tell the user when it is no crash but, say, a broken model file.
+    """
 
     traceback: str
+    reason: str = ""
 
 
 class Heartbeat(_Message):

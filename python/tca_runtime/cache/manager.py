@@ -241,6 +241,8 @@ class CacheManager:
 
         The others are computed anew into the slots they have. Reserved slots are given back.
         """
+        if not sequence.blocks:
+            return self.extend(sequence, 1)
         owned = torch.cat(sequence.blocks, dim=1)
         used = sequence.computed - sequence.handle.num_tokens
         self.pool.free(owned[:, used:])

@@ -35,9 +35,15 @@ def config_from_directory(directory: Path) -> ModelConfig:
     generation_path = directory / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.is_file() else {}
     try:
-        return _build(hf, generation, str(path))
+        config = _build(hf, generation, str(path))
+    except ModelError:
+        raise
     except KeyError as error:
         raise ModelError(f"{path}: field {error} is missing") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ModelError(f"{path}: a field has a value of the wrong kind ({error})") from error
+    _check_sizes(config, str(path))
+    return config
 
 
 def _build(hf: dict[str, Any], generation: dict[str, Any], where: str) -> ModelConfig:
@@ -66,8 +72,41 @@ def _build(hf: dict[str, Any], generation: dict[str, Any], where: str) -> ModelC
         sliding_window=_sliding_window(hf),
         bos_token_id=_first(hf.get("bos_token_id")),
         eos_token_ids=_as_tuple(hf.get("eos_token_id") if eos is None else eos),
-        dtype=_DTYPES.get(hf.get("dtype") or hf.get("torch_dtype") or ""),
+        dtype=_dtype(hf, where),
     )
+
+
+def _check_sizes(config: ModelConfig, where: str) -> None:
+    for name in (
+        "num_layers",
+        "hidden_size",
+        "num_q_heads",
+        "num_kv_heads",
+        "head_dim",
+        "intermediate_size",
+        "vocab_size",
+        "max_position",
+    ):
+        if getattr(config, name) < 1:
+            raise ModelError(f"{where}: {name} is {getattr(config, name)}, expected at least 1")
+    if config.num_q_heads % config.num_kv_heads or config.head_dim % 2:
+        raise ModelError(
+            f"{where}: {config.num_q_heads} query heads over {config.num_kv_heads} KV heads of "
+            f"size {config.head_dim} do not fit together"
+        )
+    if not all(isinstance(token, int) for token in config.eos_token_ids):
+        raise ModelError(f"{where}: eos_token_id is {config.eos_token_ids}, expected token ids")
+
+
+def _dtype(hf: dict[str, Any], where: str) -> torch.dtype | None:
+    name = hf.get("dtype") or hf.get("torch_dtype")
+    if name is None:
+        return None
+    if name not in _DTYPES:
+        raise ModelError(
+            f"{where}: dtype {name!r} is not supported; supported are: {', '.join(_DTYPES)}"
+        )
+    return _DTYPES[name]
 
 
 def _refuse_unsupported(hf: dict[str, Any], where: str) -> None:

@@ -23,6 +23,7 @@ from tca_runtime.messages import (
     GenerateRequest,
     Heartbeat,
     TokenBatch,
+    TokenOutput,
     ToScheduler,
     ToTokenizer,
 )
@@ -149,7 +150,14 @@ class Scheduler:
             self._outbox.send(self._control.handle(message))
 
     def _accept(self, message: GenerateRequest) -> None:
-        request = self._intake.build(message, len(self.planner.waiting))
+        try:
+            request = self._intake.build(message, len(self.planner.waiting))
+        except (ValueError, OverflowError) as error:
+            logger.error("request %s does not make sense: %s", message.rid, error)
+            reason = FinishReason("abort", message=f"bad request: {error}", status=400)
+            output = TokenOutput(rid=message.rid, token_ids=[], finish=reason)
+            self._outbox.send(TokenBatch(outputs=[output]))
+            return
         if request.finish is not None:
             self._outbox.send(TokenBatch(outputs=[take_output(request)]))
             return

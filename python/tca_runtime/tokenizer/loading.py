@@ -13,6 +13,10 @@ from tca_runtime.tokenizer.byte_tokenizer import byte_tokenizer
 from tca_runtime.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 
 
+class TokenizerError(ValueError):
+    """A tokenizer cannot be loaded; the message names the file or directory."""
+
+
 def load_tokenizer(args: ModelArgs) -> PreTrainedTokenizerFast:
     """Load the tokenizer of ``--tokenizer-path``, by default the model's own.
 
@@ -24,7 +28,7 @@ def load_tokenizer(args: ModelArgs) -> PreTrainedTokenizerFast:
         If the path does not exist and is no known model.
     GgufError
         If a GGUF file cannot be read or its tokenizer is not supported.
-    ValueError
+    TokenizerError
         If a directory has no usable fast tokenizer, or the chat template cannot be read.
     """
     if args.tokenizer_path is None and args.load_format == "dummy" and not _has_files(args):
@@ -46,15 +50,18 @@ def _has_files(args: ModelArgs) -> bool:
 
 def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
     if not any(directory.glob("tokenizer*")):
-        raise ValueError(
+        raise TokenizerError(
             f"{directory}: expected tokenizer files there (tokenizer.json), found none; "
             "--tokenizer-path names another place"
         )
-    tokenizer = AutoTokenizer.from_pretrained(
-        directory, local_files_only=True, trust_remote_code=False
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise TokenizerError(f"{directory}: the tokenizer cannot be loaded ({error!r})") from error
     if not tokenizer.is_fast:
-        raise ValueError(f"{directory}: the tokenizer has no fast version (tokenizer.json)")
+        raise TokenizerError(f"{directory}: the tokenizer has no fast version (tokenizer.json)")
     return tokenizer
 
 
@@ -62,4 +69,4 @@ def _read_template(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--chat-template {path}: {error}") from error
+        raise TokenizerError(f"--chat-template {path}: {error}") from error

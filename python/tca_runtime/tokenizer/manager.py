@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from tca_runtime.channels import AsyncReceiver, Sender
+from tca_runtime.channels import AsyncReceiver, MessageTooLarge, Sender, UnreadableMessage
 from tca_runtime.config import RuntimeConfig
 from tca_runtime.messages import (
     AbortRequest,
@@ -72,6 +72,7 @@ class TokenizerManager:
     Attributes
     ----------
     failure : why the scheduler is gone, None while it is there.
+    draining : whether the server is about to end: what is open goes on, nothing new is taken.
     scheduler_state : the latest heartbeat's figures.
     observer : told of every change of an output.
     """
@@ -93,6 +94,7 @@ class TokenizerManager:
         self.chat_template = ChatTemplate(tokenizer)
         self.scheduler_state: dict[str, Any] = {}
         self.failure: str | None = None
+        self.draining = False
         self.observer: Observer = _ignore
         self._to_scheduler = to_scheduler
         self._from_scheduler = from_scheduler
@@ -119,13 +121,17 @@ class TokenizerManager:
         """Outputs that have not finished."""
         return len(self._states)
 
+    @property
+    def silence(self) -> float:
+        """Seconds since the scheduler was last heard of."""
+        return time.monotonic() - self._last_message
+
     def unhealthy(self) -> str | None:
         """Why requests cannot be served now, or None."""
-        if self.failure is not None:
-            return f"the scheduler process has failed: {self.failure}"
-        silence = time.monotonic() - self._last_message
-        if silence > self._heartbeat_timeout:
-            return f"the scheduler has been silent for {silence:.0f} s"
+        if (reason := self._unavailable()) is not None:
+            return reason
+        if self.silence > self._heartbeat_timeout:
+            return f"the scheduler has been silent for {self.silence:.0f} s"
         return None
 
     async def generate(self, requests: Sequence[TextRequest]) -> AsyncGenerator[RequestState, None]:
@@ -140,7 +146,8 @@ class TokenizerManager:
         RequestError
             Before anything is sent, if a request is invalid or the scheduler is not there.
         """
-        self._require_scheduler()
+        if (reason := self._unavailable()) is not None:
+            raise RequestError(reason, status=503)
         changed = asyncio.Event()
         outputs = [output for request in requests for output in _expand(request)]
         states = [
@@ -150,7 +157,7 @@ class TokenizerManager:
         try:
             for state in states:
                 self._states[state.wire_id] = state
-                self._to_scheduler.send(_message(state))
+                self._send_request(state)
             remaining = len(states)
             while remaining:
                 await changed.wait()
@@ -189,7 +196,8 @@ class TokenizerManager:
         RequestError
             503 if the scheduler is not there or does not answer in time.
         """
-        self._require_scheduler()
+        if self.failure is not None:
+            raise RequestError(f"the scheduler process has failed: {self.failure}", status=503)
         call_id = uuid.uuid4().hex
         reply = asyncio.get_running_loop().create_future()
         self._calls[call_id] = reply
@@ -213,25 +221,73 @@ class TokenizerManager:
         self.failure = reason.strip().rpartition("\n")[2] or "no reason given"
         logger.error("the scheduler process has failed:\n%s", reason)
         message = f"the scheduler process has failed: {self.failure}"
-        for state in self._states.values():
-            self._finish(state, FinishReason("abort", message=message, status=503))
-        self._states.clear()
+        self._end_open(list(self._states), message, 503)
         for call in self._calls.values():
             if not call.done():
                 call.set_exception(RequestError(message, status=503))
 
-    def _require_scheduler(self) -> None:
+    async def revive(
+        self,
+        to_scheduler: Sender[ToScheduler],
+        from_scheduler: AsyncReceiver[ToTokenizer],
+        info: dict[str, Any],
+    ) -> None:
+        """Serve again, over the channels of a new scheduler; the old ones can be closed."""
+        await self.stop()
+        self._to_scheduler = to_scheduler
+        self._from_scheduler = from_scheduler
+        self.info = info
+        self.scheduler_state = {}
+        self.failure = None
+        self.start()
+
+    def end_open(self, message: str, status: int) -> None:
+        """End every open request with an error; the scheduler is told to forget them."""
+        for wire_id in self._end_open(list(self._states), message, status):
+            self._to_scheduler.send(AbortRequest(rid=wire_id))
+
+    def _end_open(self, wire_ids: Sequence[str], message: str, status: int) -> list[str]:
+        ended = [wire_id for wire_id in wire_ids if wire_id in self._states]
+        for wire_id in ended:
+            state = self._states.pop(wire_id)
+            self._finish(state, FinishReason("abort", message=message, status=status))
+        return ended
+
+    def _unavailable(self) -> str | None:
         if self.failure is not None:
-            raise RequestError(f"the scheduler process has failed: {self.failure}", status=503)
+            return f"the scheduler process has failed: {self.failure}"
+        return "the server is shutting down" if self.draining else None
+
+    def _send_request(self, state: RequestState) -> None:
+        try:
+            self._to_scheduler.send(_message(state))
+        except MessageTooLarge as error:
+            raise RequestError(str(error), status=413) from None
 
     async def _listen(self) -> None:
         try:
             while True:
-                self._handle(await self._from_scheduler.receive())
+                try:
+                    message = await self._from_scheduler.receive()
+                except UnreadableMessage as error:
+                    self._end_unreadable(error)
+                else:
+                    self._handle(message)
         except Exception as error:
             # Without the listener no request would ever end.
             logger.exception("cannot read from the scheduler")
-            self.fail(f"unreadable message: {error}")
+            self.fail(f"the listener broke off: {error!r}")
+
+    def _end_unreadable(self, error: UnreadableMessage) -> None:
+        """End the requests that a message was about: part of their output is lost.
+
+        All of them if it is not known which: any may have missed its end.
+        """
+        logger.error("%s", error)
+        self._last_message = time.monotonic()
+        wire_ids = list(self._states) if error.rids is None else error.rids
+        for wire_id in self._end_open(wire_ids, "a part of the reply was lost", 500):
+            self._to_scheduler.send(AbortRequest(rid=wire_id))
 
     def _handle(self, message: ToTokenizer) -> None:
         self._last_message = time.monotonic()
@@ -247,8 +303,8 @@ class TokenizerManager:
                 self.scheduler_state = state
             case SchedulerReady(info=info):
                 self.info = info
-            case SchedulerFailed(traceback=traceback):
-                self.fail(traceback)
+            case SchedulerFailed(traceback=traceback, reason=reason):
+                self.fail(reason or traceback)
 
     def _take(self, output: TokenOutput) -> None:
         state = self._states.get(output.rid)

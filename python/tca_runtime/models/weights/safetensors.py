@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from tca_runtime.models.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+
+# Others are quantised: without their scales the numbers mean nothing.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class SafetensorsSource:
@@ -46,6 +50,11 @@ class SafetensorsSource:
         if tuple(tensor.shape) != shape:
             raise ModelError(
                 f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise ModelError(
+                f"{path}: tensor {name!r} is stored as {str(tensor.dtype).removeprefix('torch.')}, "
+                "which is not supported; use float32, bfloat16 or float16 weights"
             )
         return tensor
 

@@ -1,0 +1,1 @@
+"""Mixed traffic from rude clients, with faults, and a check that nothing is lost."""

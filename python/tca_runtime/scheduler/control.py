@@ -52,6 +52,8 @@ class ControlHandler:
             if chunk.request.sequence is not None and chunk.begin == chunk.request.cached_tokens:
                 self.cached_tokens += chunk.begin
         self.generated_tokens += tokens
+        computed = sum(chunk.end - chunk.begin for chunk in plan.chunks)
+        self._scheduler.planner.pace.record(len(plan.decode), computed, seconds)
         self.num_steps += 1
         self.step_seconds += seconds
         self._generated.append((now, tokens))

@@ -28,6 +28,7 @@ from tca_runtime.messages import (
     ToTokenizer,
 )
 from tca_runtime.scheduler.control import ControlHandler
+from tca_runtime.scheduler.deadlines import Deadlines
 from tca_runtime.scheduler.intake import Intake, Limits
 from tca_runtime.scheduler.planner import PlannedChunk, StepPlan, StepPlanner
 from tca_runtime.scheduler.request import Request
@@ -101,6 +102,7 @@ class Scheduler:
             engine.sparsity,
             drops=self._retention != "never",
         )
+        self._deadlines = Deadlines(config.scheduler)
         self._control = ControlHandler(self, engine)
         self._overlap = engine.is_asynchronous and not config.scheduler.disable_overlap
         self._in_flight: LaunchedPlan | None = None
@@ -114,6 +116,7 @@ class Scheduler:
         """One iteration: messages in, at most one step launched, replies of the last one out."""
         for message in self._inbox.drain(self._patience()):
             self._handle(message)
+        self._deadlines.mark(self.planner.active())
         self._end_finished()
         previous, self._in_flight = self._in_flight, self._launch()
         if previous is not None:

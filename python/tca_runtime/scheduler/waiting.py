@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from tca_runtime.cache.manager import CacheManager
 from tca_runtime.cache.radix_tree import PrefixMatch
+from tca_runtime.scheduler.fairness import FairShares
 from tca_runtime.scheduler.request import Request
 
-# Only the oldest requests are ranked by prefix, which bounds the work of one scheduling step.
+# Only so many requests are ranked by prefix, which bounds the work of one scheduling step.
 RANKED = 128
 # A request passed by this often goes before any longer prefix.
 MAX_SKIPS = 32
@@ -18,13 +20,14 @@ class WaitingQueue:
     """Waiting requests in order of arrival, offered by policy.
 
     ``lpm`` offers the longest cached prefix first, so that prefixes are used before they are
-    evicted; ``fcfs`` keeps to arrival. Priorities come before either, requests that were skipped
-    ``MAX_SKIPS`` times before the rest of their priority.
+    evicted; ``fcfs`` keeps to arrival. Priorities come before either, then fair shares between
+    clients; within them, requests that were skipped ``MAX_SKIPS`` times go first.
     """
 
     def __init__(self, policy: str) -> None:
         self._policy = policy
         self._requests: list[Request] = []
+        self._shares = FairShares()
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -38,21 +41,37 @@ class WaitingQueue:
         while at and self._requests[at - 1].arrival > request.arrival:
             at -= 1
         self._requests.insert(at, request)
+        self._shares.enter(request)
+
+    def admit(self, request: Request, missing: int) -> None:
+        """Note that a request begins, with ``missing`` tokens to compute; it is removed later."""
+        if request.admitted_at is None:
+            request.admitted_at = time.monotonic()
+        self._shares.admit(request, missing)
 
     def remove(self, requests: set[Request]) -> None:
-        self._requests = [r for r in self._requests if r not in requests]
+        """Forget requests: admitted ones, and all that have ended, wherever they were."""
+        for request in requests:
+            if request.finish is not None:
+                self._shares.settle(request)
+        gone = [r for r in self._requests if r in requests]
+        if gone:
+            self._requests = [r for r in self._requests if r not in requests]
+        for request in gone:
+            self._shares.leave(request)
 
     def ranked(self, cache: CacheManager) -> list[Request]:
         """The candidates for admission, best first."""
         ready = [r for r in self._requests if r.grammar is None]
-        candidates = ready[:RANKED]
-        if self._policy == "fcfs":
-            return sorted(candidates, key=lambda r: (-r.message.priority, r.arrival))
+        candidates = self._shares.candidates(ready, RANKED)
         cached = {r: find_prefix(cache, r).num_tokens for r in candidates}
-        return sorted(
-            candidates,
-            key=lambda r: (-r.message.priority, r.skipped < MAX_SKIPS, -cached[r], r.arrival),
-        )
+
+        def key(request: Request) -> tuple[int, bool, int, int]:
+            priority, patient = -request.message.priority, request.skipped < MAX_SKIPS
+            prefers = cached[request] if self._policy == "lpm" else 0
+            return priority, patient, -prefers, request.arrival
+
+        return self._shares.order(candidates, key, lambda r: r.num_tokens - cached[r])
 
 
 def find_prefix(cache: CacheManager, request: Request) -> PrefixMatch:

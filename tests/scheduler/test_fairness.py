@@ -1,0 +1,196 @@
+"""Shares between clients, priorities, and deadlines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tca_runtime.config import SchedulerArgs
+from tca_runtime.messages import GenerateRequest
+from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.scheduler import deadlines
+from tca_runtime.scheduler.fairness import OUTPUT_WEIGHT, PREPAID_OUTPUT, QUANTUM
+from tca_runtime.scheduler.pace import MIN_CHUNK, PrefillPace
+from tca_runtime.scheduler.request import Request, token_buffer
+from tca_runtime.scheduler.waiting import RANKED, WaitingQueue
+from tests.scheduler.fakes import Harness
+
+
+class NoCache:
+    """Nothing is ever cached."""
+
+    def match(self, namespace: object, tokens: object) -> Any:
+        class Match:
+            num_tokens = 0
+
+        return Match()
+
+
+CACHE: Any = NoCache()
+
+
+def request(arrival: int, client: str, prompt: int, output: int = 0, priority: int = 0) -> Request:
+    tokens = np.ones(prompt, dtype=np.int32)
+    message = GenerateRequest(
+        rid=f"r{arrival}",
+        input_ids=b"",
+        sampling=SamplingParams(max_new_tokens=output),
+        priority=priority,
+        client=client,
+    )
+    sampling: Any = None
+    return Request(
+        message=message,
+        arrival=arrival,
+        max_new_tokens=output,
+        sampling=sampling,
+        tokens=token_buffer(tokens, output),
+        num_prompt=prompt,
+        num_tokens=prompt,
+    )
+
+
+def admit(queue: WaitingQueue) -> Request:
+    """Admit the first candidate, as the planner does."""
+    chosen = queue.ranked(CACHE)[0]
+    queue.admit(chosen, chosen.num_tokens)
+    queue.remove({chosen})
+    return chosen
+
+
+def cost(r: Request) -> int:
+    return r.num_prompt + OUTPUT_WEIGHT * min(r.max_new_tokens, PREPAID_OUTPUT)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(1, 6000), st.integers(0, 400)),
+        min_size=3,
+        max_size=60,
+    ),
+    policy=st.sampled_from(["lpm", "fcfs"]),
+)
+def test_service_of_waiting_clients_differs_by_a_quantum_and_one_request(
+    sizes: list[tuple[str, int, int]], policy: str
+) -> None:
+    queue = WaitingQueue(policy)
+    for arrival, (client, prompt, output) in enumerate(sizes):
+        queue.add(request(arrival, client, prompt, output))
+    left = Counter(client for client, _, _ in sizes)
+    served: Counter[str] = Counter()
+    largest = max(cost(r) for r in queue)
+    while left:
+        chosen = admit(queue)
+        served[chosen.client] += cost(chosen)
+        left[chosen.client] -= 1
+        left += Counter()
+        backlogged = [served[client] for client in left]
+        if len(backlogged) > 1:
+            assert max(backlogged) - min(backlogged) < QUANTUM + largest
+
+
+def test_a_flood_does_not_hide_a_late_client() -> None:
+    queue = WaitingQueue("fcfs")
+    for arrival in range(3 * RANKED):
+        queue.add(request(arrival, "flood", 5000))
+    queue.add(request(3 * RANKED, "late", 5000))
+    assert "late" in [admit(queue).client for _ in range(2)]
+
+
+def test_new_names_do_not_starve_a_client() -> None:
+    queue = WaitingQueue("fcfs")
+    for arrival in range(50):
+        queue.add(request(arrival, "honest", 5000))
+    clients = []
+    for arrival in range(50, 90):
+        queue.add(request(arrival, f"name-{arrival}", 5000))
+        clients.append(admit(queue).client)
+    # Each admission of the honest one leaves one more name waiting: its share is a harmonic sum.
+    assert clients.count("honest") >= 4
+    assert "honest" in clients[-15:]
+
+
+def test_priority_comes_first_and_shares_hold_within_it() -> None:
+    queue = WaitingQueue("fcfs")
+    for arrival in range(2 * RANKED):
+        queue.add(request(arrival, "a", 5000))
+    for arrival in range(4):
+        queue.add(request(1000 + arrival, "a", 5000, priority=1))
+    for arrival in range(2):
+        queue.add(request(2000 + arrival, "b", 5000, priority=1))
+    first = [admit(queue) for _ in range(7)]
+    assert [r.message.priority for r in first] == [1] * 6 + [0]
+    assert {r.client for r in first[:2]} == {"a", "b"}
+    assert {r.client for r in first[2:4]} == {"a", "b"}
+
+
+def test_unused_output_is_refunded() -> None:
+    queue = WaitingQueue("fcfs")
+    for arrival in range(60):
+        queue.add(request(arrival, "short", 10, PREPAID_OUTPUT))
+        queue.add(request(arrival + 60, "prompt", 10 + OUTPUT_WEIGHT * PREPAID_OUTPUT))
+    served: Counter[str] = Counter()
+    for _ in range(60):
+        chosen = admit(queue)
+        served[chosen.client] += 1
+        chosen.finish = object()  # type: ignore[assignment]
+        queue.remove({chosen})
+    # The short ones ended without output, so they cost a fiftieth of what was put down for them.
+    assert served["short"] > 5 * served["prompt"] or not any(r.client == "short" for r in queue)
+
+
+def test_one_client_leaves_the_policy_alone() -> None:
+    queue = WaitingQueue("fcfs")
+    for arrival in range(20):
+        queue.add(request(arrival, "", 9000))
+    assert [admit(queue).arrival for _ in range(20)] == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("limits", "status", "words"),
+    [
+        ({"queue_timeout": 30.0}, 503, "--queue-timeout"),
+        ({"request_timeout": 30.0}, 504, "--request-timeout"),
+    ],
+)
+def test_a_request_over_its_time_gets_one_clean_end(
+    monkeypatch: pytest.MonkeyPatch, limits: dict[str, float], status: int, words: str
+) -> None:
+    monkeypatch.setattr(deadlines, "CHECK_SECONDS", 0.0)
+    harness = Harness(max_running_requests=1, **limits)
+    harness.submit("running", [1] * 10, 60)
+    harness.submit("waiting", [2] * 10, 5)
+    for _ in range(4):
+        harness.scheduler.run_once()
+    for open_request in harness.scheduler.planner.active():
+        open_request.arrived_at -= 31.0
+    harness.run()
+    assert harness.finish("waiting").status == status
+    assert words in harness.finish("waiting").message
+    ended_early = harness.finish("running").type == "abort"
+    assert ended_early == ("request_timeout" in limits)
+    assert harness.engine.cache.usage().running_slots == 0
+
+
+def test_a_prompt_takes_less_of_a_step_while_others_decode() -> None:
+    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=1000, max_decode_slowdown=3.0))
+    assert pace.budget(0) == 1000
+    assert pace.budget(4) == MIN_CHUNK
+    pace.record(4, 0, 0.010)
+    pace.record(0, 1000, 0.100)
+    assert pace.budget(4) == 200
+    assert pace.budget(0) == 1000
+    for _ in range(100):
+        pace.record(4, 200, 0.110)
+    assert MIN_CHUNK <= pace.budget(4) < 50
+    for _ in range(100):
+        pace.record(4, 200, 0.0101)
+    assert pace.budget(4) == 1000
+    off = PrefillPace(SchedulerArgs(chunked_prefill_size=1000, max_decode_slowdown=0.0))
+    assert off.budget(4) == 1000

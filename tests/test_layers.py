@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "python" / "tca_runtime"
 PACKAGE = "tca_runtime"
 
 # What each package may import of the runtime, besides itself.
-BASE = {"config", "messages", "sampling_params", "channels", "fetch_model", "gguf_file"}
+BASE = {"config", "messages", "sampling_params", "channels", "fetch_model", "gguf_file", "logs"}
 LOW = {"attention", "cache", "sparsity"}
 ALLOWED = {
     "attention": LOW | BASE,

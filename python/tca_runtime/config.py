@@ -122,8 +122,15 @@ class ServerArgs:
 
     host: str = _option("127.0.0.1", "address to listen on")
     port: int = _option(30000, "port to listen on")
-    api_key: str | None = _option(None, "bearer token that clients must send")
+    api_key: str | None = _option(
+        None, "bearer token that clients must send; several are separated by commas"
+    )
+    admin_api_key: str | None = _option(
+        None, "bearer token for flush_cache, abort_request and profiling"
+    )
     log_level: str = _option("info", "verbosity", choices=("debug", "info", "warning", "error"))
+    log_format: str = _option("text", "log lines", choices=("text", "json"))
+    profile_dir: str = _option("profiles", "traces are written there, or below")
     max_body_bytes: int = _option(64 << 20, "largest accepted request body")
 
 

@@ -25,6 +25,7 @@ import zmq.asyncio
 
 from tca_runtime.channels import AsyncReceiver, Sender
 from tca_runtime.config import RuntimeConfig, ServerArgs, parse_args
+from tca_runtime.logs import configure_logging
 from tca_runtime.messages import SchedulerFailed, SchedulerReady, ToScheduler, ToTokenizer
 from tca_runtime.scheduler.process import Addresses, run_scheduler
 from tca_runtime.server.app import build_app
@@ -56,10 +57,7 @@ class StartupError(RuntimeError):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a server until it is told to stop. Returns the process's exit status."""
     config = parse_args(argv)
-    logging.basicConfig(
-        level=config.server.log_level.upper(),
-        format="%(asctime)s %(levelname)s server %(name)s: %(message)s",
-    )
+    configure_logging(config.server, "server")
     for name, value in SCHEDULER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

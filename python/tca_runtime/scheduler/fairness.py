@@ -112,7 +112,7 @@ class FairShares:
             while queues:
                 limit = min(served[client] for client in queues) + QUANTUM
                 within = [client for client in queues if served[client] < limit]
-                client = min(within, key=lambda c: key(queues[c][-1]))  # noqa: B023
+                client = min(within, key=lambda c: key(queues[c][-1]))
                 request = queues[client].pop()
                 served[client] += cost(request) + OUTPUT_WEIGHT * _expected_output(request)
                 if not queues[client]:

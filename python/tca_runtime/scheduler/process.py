@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -17,7 +16,9 @@ from tca_runtime.channels import Receiver, Sender
 from tca_runtime.config import RuntimeConfig
 from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.grammar import GrammarCompiler
+from tca_runtime.logs import configure_logging
 from tca_runtime.messages import SchedulerFailed, SchedulerReady, ToScheduler, ToTokenizer
+from tca_runtime.scheduler.choices import kv_cache_gib, log_choices
 from tca_runtime.scheduler.scheduler import Scheduler
 from tca_runtime.tokenizer.loading import load_tokenizer
 
@@ -32,10 +33,7 @@ class Addresses:
 
 def run_scheduler(config: RuntimeConfig, addresses: Addresses) -> None:
     """Load the model and serve until killed. A crash is reported, then exits with status 1."""
-    logging.basicConfig(
-        level=config.server.log_level.upper(),
-        format="%(asctime)s %(levelname)s scheduler %(name)s: %(message)s",
-    )
+    configure_logging(config.server, "scheduler")
     # Ctrl-C reaches the whole process group; the launcher ends this process itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -74,7 +72,9 @@ def _build(
         "device": str(engine.device),
         "attention_backend": type(engine.backend).__name__,
         "num_threads": torch.get_num_threads(),
+        "kv_cache_gb": kv_cache_gib(engine),
         **scheduler.state(),
     }
+    log_choices(config, engine)
     outbox.send(SchedulerReady(info=info))
     return scheduler

@@ -103,7 +103,7 @@ class Scheduler:
             drops=self._retention != "never",
         )
         self._deadlines = Deadlines(config.scheduler)
-        self._control = ControlHandler(self, engine)
+        self._control = ControlHandler(self, engine, config)
         self._overlap = engine.is_asynchronous and not config.scheduler.disable_overlap
         self._in_flight: LaunchedPlan | None = None
         self._consumed_at = 0.0

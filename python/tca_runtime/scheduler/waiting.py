@@ -73,6 +73,14 @@ class WaitingQueue:
 
         return self._shares.order(candidates, key, lambda r: r.num_tokens - cached[r])
 
+    def uncached_tokens(self, cache: CacheManager) -> int:
+        """Prompt tokens that the waiting requests would have to compute.
+
+        Of a long queue only the oldest requests are looked up; the rest counts in full.
+        """
+        found = sum(find_prefix(cache, r).num_tokens for r in self._requests[:RANKED])
+        return sum(r.num_tokens for r in self._requests) - found
+
 
 def find_prefix(cache: CacheManager, request: Request) -> PrefixMatch:
     """The cached prefix this request may use."""

@@ -12,6 +12,7 @@ from tca_runtime.tokenizer.errors import RequestError
 
 # Writing a trace of a long recording takes a while.
 _STOP_PROFILE_SECONDS = 300.0
+_MAX_PROFILED_STEPS = 100_000
 
 _abort_decoder = msgspec.json.Decoder(AbortBody)
 _profile_decoder = msgspec.json.Decoder(ProfileBody)
@@ -37,7 +38,12 @@ def control_router(context: ServerContext) -> APIRouter:
     async def start_profile(http: Request) -> Response:
         raw = await read_body(http, context.config.server.max_body_bytes)
         body = parse(raw, _profile_decoder) if raw.strip() else ProfileBody()
-        args = {"output_dir": body.output_dir} if body.output_dir else {}
+        args: dict[str, object] = {"output_dir": body.output_dir} if body.output_dir else {}
+        if body.num_steps is not None:
+            if not 1 <= body.num_steps <= _MAX_PROFILED_STEPS:
+                text = f"num_steps must be in [1, {_MAX_PROFILED_STEPS}], got {body.num_steps}"
+                raise RequestError(text, param="num_steps")
+            args["num_steps"] = body.num_steps
         return _text_reply(await manager.control("start_profile", args))
 
     @router.api_route("/stop_profile", methods=["GET", "POST"])

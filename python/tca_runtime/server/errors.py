@@ -14,6 +14,8 @@ from tca_runtime.tokenizer.state import RequestState
 
 # The status of requests that ended because somebody wanted it; nobody waits for such a reply.
 ABORTED = 499
+# Told to clients that come at a bad time: the queue moves on with every request that ends.
+RETRY_AFTER_SECONDS = "1"
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,8 @@ def error_response(path: str, message: str, status: int, param: str | None = Non
         body = native_error(message, status)
     else:
         body = openai_error(message, status, param)
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
+    headers = {"Retry-After": RETRY_AFTER_SECONDS} if status in (429, 503) else None
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
 def raise_if_failed(state: RequestState) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -13,20 +12,21 @@ from fastapi import APIRouter, Request, Response
 
 from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.server.context import ServerContext, json_response
-from tca_runtime.server.metrics import Metrics, load_figures
+from tca_runtime.server.loads import loads_report, router_load
+from tca_runtime.server.metrics import scheduler_metrics
 from tca_runtime.server.requests import finished_outputs, new_rid
 from tca_runtime.tokenizer.errors import RequestError
 from tca_runtime.tokenizer.state import TextRequest
 
 _DEEP_HEALTH_SECONDS = 20.0
 _STATE_SECONDS = 5.0
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def info_router(context: ServerContext) -> APIRouter:
     router = APIRouter()
     manager = context.manager
     card = _model_card(context)
-    metrics = Metrics(manager)
 
     @router.get("/health")
     async def health() -> Response:
@@ -44,7 +44,7 @@ def info_router(context: ServerContext) -> APIRouter:
 
     @router.get("/metrics")
     async def show_metrics() -> Response:
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(context.metrics.render(), media_type=_PROMETHEUS)
 
     @router.get("/v1/models")
     async def models() -> Response:
@@ -69,21 +69,20 @@ def info_router(context: ServerContext) -> APIRouter:
 
     @router.get("/get_load")
     async def get_load() -> Response:
-        return json_response([_router_load(load_figures(manager.scheduler_state))])
+        return json_response(router_load(manager.scheduler_state))
 
     @router.get("/v1/loads")
-    async def loads() -> Response:
-        now = datetime.now(UTC).isoformat()
-        load = {"timestamp": now, "dp_rank": 0, **load_figures(manager.scheduler_state)}
-        return json_response(
-            {
-                "timestamp": now,
-                "version": version("tca-runtime"),
-                "accelerator": manager.info.get("device"),
-                "num_accelerators": 1,
-                "loads": [load],
-            }
-        )
+    async def loads(
+        include: str | None = None, dp_rank: int | None = None, format: str | None = None
+    ) -> Response:
+        if format not in (None, "json", "prometheus"):
+            raise RequestError("format must be json or prometheus", param="format")
+        report = loads_report(manager, include, dp_rank)
+        if format == "prometheus":
+            figures = scheduler_metrics(manager.scheduler_state)
+            lines = [f'{name}{{dp_rank="0"}} {value}\n' for name, value in figures.items()]
+            return Response("".join(lines), media_type=_PROMETHEUS)
+        return json_response(report)
 
     return router
 
@@ -124,7 +123,7 @@ async def _server_info(context: ServerContext) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for group in asdict(context.config).values():
         settings |= group
-    del settings["api_key"]
+    del settings["api_key"], settings["admin_api_key"]
     try:
         state = (await manager.control("state", timeout=_STATE_SECONDS)).payload
     except RequestError:
@@ -138,14 +137,4 @@ async def _server_info(context: ServerContext) -> dict[str, Any]:
         "version": version("tca-runtime"),
         **state,
         "internal_states": [state],
-    }
-
-
-def _router_load(load: dict[str, Any]) -> dict[str, Any]:
-    waiting = load["num_waiting_reqs"]
-    return {
-        "dp_rank": 0,
-        "num_reqs": load["num_running_reqs"] + waiting,
-        "num_waiting_reqs": waiting,
-        "num_tokens": load["num_used_tokens"] + load["num_waiting_uncached_tokens"],
     }

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 from tca_runtime.messages import LogprobOptions
 from tca_runtime.server.context import ServerContext, json_response
 from tca_runtime.server.errors import raise_if_failed
+from tca_runtime.server.identity import cache_namespace, client_name
 from tca_runtime.server.openai_common import (
     check_top_logprobs,
     envelope,
@@ -77,7 +78,7 @@ def chat_router(context: ServerContext) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(http: Request) -> Response:
         body = await context.read(http, _decoder)
-        call = await _prepare(body, context)
+        call = await _prepare(http, body, context)
         if body.stream:
             return await stream_reply(http, _events(call, context.manager))
         states = await finished_outputs(http, context.manager, [call.request])
@@ -92,9 +93,10 @@ def chat_router(context: ServerContext) -> APIRouter:
     return router
 
 
-async def _prepare(body: ChatBody, context: ServerContext) -> _Call:
+async def _prepare(http: Request, body: ChatBody, context: ServerContext) -> _Call:
     arrived = time.perf_counter()
     manager = context.manager
+    namespace = cache_namespace(body.extra_key, body.cache_salt)
     plan = plan_tools(body.tools, body.tool_choice, body.parallel_tool_calls is not False)
     prompt = manager.chat_template.render(
         body.messages,
@@ -113,9 +115,10 @@ async def _prepare(body: ChatBody, context: ServerContext) -> _Call:
         sampling=sampling,
         logprobs=_options(body, len(ids)),
         logprob_text=True,
-        extra_key=body.extra_key or None,
+        extra_key=namespace,
         priority=body.priority or 0,
         stream=bool(body.stream),
+        client=client_name(http, body.user, namespace),
         arrived=arrived,
     )
     include_usage = bool(body.stream_options and body.stream_options.include_usage)

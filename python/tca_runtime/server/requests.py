@@ -14,7 +14,7 @@ from tca_runtime.server.errors import raise_if_failed
 from tca_runtime.server.sampling import check_token_ids
 from tca_runtime.server.sse import until_disconnect
 from tca_runtime.tokenizer.errors import RequestError
-from tca_runtime.tokenizer.manager import Limits, TokenizerManager
+from tca_runtime.tokenizer.manager import MAX_CALL_OUTPUTS, Limits, TokenizerManager
 from tca_runtime.tokenizer.state import RequestState, TextRequest
 
 
@@ -22,11 +22,19 @@ def new_rid() -> str:
     return uuid.uuid4().hex
 
 
+def check_batch(name: str, count: int) -> None:
+    """Refuse a batch before its prompts are tokenised."""
+    if not 0 < count <= MAX_CALL_OUTPUTS:
+        text = f"{name} has {count} prompts, the limit is {MAX_CALL_OUTPUTS}"
+        raise RequestError(text if count else f"{name} is empty", param=name)
+
+
 def prompts_of_ids(name: str, ids: Sequence[Any]) -> tuple[list[list[int]], bool]:
     """Prompts given as one list of token ids, or as a list of such lists."""
     if not ids:
         raise RequestError(f"{name} is empty", param=name)
     if all(isinstance(item, list) for item in ids):
+        check_batch(name, len(ids))
         return list(ids), True
     if all(isinstance(item, int) for item in ids):
         return [list(ids)], False

@@ -15,7 +15,7 @@ from tca_runtime.tokenizer.manager import Limits
 from tca_runtime.tokenizer.stops import MAX_STOPS
 
 MAX_SAMPLES = 128
-MAX_STOP_LENGTH = 1 << 14
+MAX_STOP_LENGTH = 1 << 12
 MAX_GRAMMAR_LENGTH = 1 << 20
 _MAX_NESTING = 64
 _INT64 = range(-(2**63), 2**63)

@@ -59,7 +59,9 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     rid: str | list[str] | None = None
     extra_key: str | list[str | None] | None = None
+    cache_salt: str | list[str | None] | None = None
     priority: int | None = None
+    user: str | None = None
     image_data: Any = None
     input_embeds: Any = None
 
@@ -113,8 +115,10 @@ class OpenAIBody(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     custom_params: JsonObject | None = None
     extra_key: str | None = None
+    cache_salt: str | None = None
     rid: str | None = None
     priority: int | None = None
+    user: str | None = None
 
 
 class CompletionBody(OpenAIBody, kw_only=True):
@@ -149,7 +153,7 @@ class AbortBody(msgspec.Struct, kw_only=True):
 
 
 class ProfileBody(msgspec.Struct, kw_only=True):
-    """``/start_profile``; the scheduler reads what it knows."""
+    """``/start_profile``: where below --profile-dir to write, and when to stop by itself."""
 
     output_dir: str | None = None
     num_steps: int | None = None

@@ -18,9 +18,12 @@ from tca_runtime.server.metrics import Metrics
 from tca_runtime.server.native import native_router
 from tca_runtime.server.openai_chat import chat_router
 from tca_runtime.server.openai_completions import completions_router
+from tca_runtime.server.openapi import install_openapi
 from tca_runtime.server.request_log import log_request
 from tca_runtime.tokenizer.manager import TokenizerManager
 from tca_runtime.tokenizer.state import RequestState
+
+ROUTERS = (native_router, completions_router, chat_router, info_router, control_router)
 
 
 def build_app(config: RuntimeConfig, manager: TokenizerManager) -> FastAPI:
@@ -41,9 +44,10 @@ def build_app(config: RuntimeConfig, manager: TokenizerManager) -> FastAPI:
 
     manager.observer = observe
     context = ServerContext(config, manager, metrics)
-    for router in (native_router, completions_router, chat_router, info_router, control_router):
+    for router in ROUTERS:
         app.include_router(router(context))
     install_error_handlers(app)
+    install_openapi(app)
     if config.server.api_key or config.server.admin_api_key:
         app.add_middleware(ApiKeyMiddleware, args=config.server)
     return app

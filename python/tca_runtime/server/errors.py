@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from tca_runtime.tokenizer.errors import RequestError
@@ -74,6 +75,12 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, RequestError)
         return error_response(request.url.path, error.message, error.status, error.param)
 
+    async def on_bad_query(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return error_response(request.url.path, f"{name}: {first['msg']}", 400, name)
+
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = f"{request.method} {request.url.path}: {error.detail}"
@@ -91,6 +98,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(request.url.path, "internal server error", 500)
 
     app.add_exception_handler(RequestError, on_request_error)
+    app.add_exception_handler(RequestValidationError, on_bad_query)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RecursionError, on_recursion)
     app.add_exception_handler(ClientGone, on_client_gone)

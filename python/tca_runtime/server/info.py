@@ -14,6 +14,15 @@ from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.server.context import ServerContext, json_response
 from tca_runtime.server.loads import loads_report, router_load
 from tca_runtime.server.metrics import scheduler_metrics
+from tca_runtime.server.openapi import describe, list_of
+from tca_runtime.server.replies import (
+    Loads,
+    ModelCard,
+    ModelInfo,
+    ModelList,
+    RouterLoad,
+    ServerInfo,
+)
 from tca_runtime.server.requests import finished_outputs, new_rid
 from tca_runtime.tokenizer.errors import RequestError
 from tca_runtime.tokenizer.state import TextRequest
@@ -28,12 +37,12 @@ def info_router(context: ServerContext) -> APIRouter:
     manager = context.manager
     card = _model_card(context)
 
-    @router.get("/health")
+    @router.get("/health", **describe("Whether the scheduler lives", text=True))
     async def health() -> Response:
         reason = manager.unhealthy()
         return Response(reason or "", 503 if reason else 200, media_type="text/plain")
 
-    @router.get("/health_generate")
+    @router.get("/health_generate", **describe("Whether a token can be generated"))
     async def health_generate(http: Request) -> Response:
         try:
             async with asyncio.timeout(_DEEP_HEALTH_SECONDS):
@@ -42,36 +51,40 @@ def info_router(context: ServerContext) -> APIRouter:
             raise RequestError("no token came in time", status=503) from None
         return Response(status_code=200)
 
-    @router.get("/metrics")
+    @router.get("/metrics", **describe("Prometheus metrics", text=True))
     async def show_metrics() -> Response:
         return Response(context.metrics.render(), media_type=_PROMETHEUS)
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", **describe("The model", reply=ModelList))
     async def models() -> Response:
         return json_response({"object": "list", "data": [card]})
 
     # A model's name may be a path.
-    @router.get("/v1/models/{model_id:path}")
+    @router.get("/v1/models/{model_id:path}", **describe("A model", reply=ModelCard))
     async def model(model_id: str) -> Response:
         if model_id != manager.served_model_name:
             raise RequestError(f"there is no model {model_id!r}", status=404, param="model")
         return json_response(card)
 
-    @router.get("/get_model_info")
-    @router.get("/model_info")
+    about_model = describe("What the model is", reply=ModelInfo)
+
+    @router.get("/get_model_info", **about_model)
+    @router.get("/model_info", **about_model)
     async def model_info() -> Response:
         return json_response(_model_info(context))
 
-    @router.get("/get_server_info")
-    @router.get("/server_info")
+    about_server = describe("Settings and state", reply=ServerInfo)
+
+    @router.get("/get_server_info", **about_server)
+    @router.get("/server_info", **about_server)
     async def server_info() -> Response:
         return json_response(await _server_info(context))
 
-    @router.get("/get_load")
+    @router.get("/get_load", **describe("Load, for routers", reply=list_of(RouterLoad)))
     async def get_load() -> Response:
         return json_response(router_load(manager.scheduler_state))
 
-    @router.get("/v1/loads")
+    @router.get("/v1/loads", **describe("Load in detail", reply=Loads, text=True))
     async def loads(
         include: str | None = None, dp_rank: int | None = None, format: str | None = None
     ) -> Response:

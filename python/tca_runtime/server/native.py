@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 from tca_runtime.server.context import ServerContext, json_response
 from tca_runtime.server.errors import raise_if_failed
 from tca_runtime.server.identity import cache_namespace, client_name
+from tca_runtime.server.openapi import GENERATE
 from tca_runtime.server.requests import (
     check_batch,
     finished_outputs,
@@ -36,7 +37,8 @@ _decoder = msgspec.json.Decoder(GenerateBody)
 def native_router(context: ServerContext) -> APIRouter:
     router = APIRouter()
 
-    @router.api_route("/generate", methods=["POST", "PUT"])
+    @router.post("/generate", **GENERATE)
+    @router.put("/generate", **GENERATE)
     async def generate(http: Request) -> Response:
         body = await context.read(http, _decoder)
         requests, is_batch = await text_requests(http, body, context.manager)

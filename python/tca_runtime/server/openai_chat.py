@@ -23,6 +23,8 @@ from tca_runtime.server.openai_common import (
     openai_sampling,
     usage,
 )
+from tca_runtime.server.openapi import describe
+from tca_runtime.server.replies import ChatReply
 from tca_runtime.server.requests import finished_outputs, new_rid, prompt_ids
 from tca_runtime.server.schemas import ChatBody
 from tca_runtime.server.sse import event, stream_reply
@@ -75,7 +77,10 @@ def chat_router(context: ServerContext) -> APIRouter:
     router = APIRouter()
     table = context.manager.table
 
-    @router.post("/v1/chat/completions")
+    @router.post(
+        "/v1/chat/completions",
+        **describe("Answer a conversation", body=ChatBody, reply=ChatReply, streams=True),
+    )
     async def chat_completions(http: Request) -> Response:
         body = await context.read(http, _decoder)
         call = await _prepare(http, body, context)

@@ -23,6 +23,8 @@ from tca_runtime.server.openai_common import (
     openai_sampling,
     usage,
 )
+from tca_runtime.server.openapi import describe
+from tca_runtime.server.replies import CompletionReply
 from tca_runtime.server.requests import (
     check_batch,
     finished_outputs,
@@ -68,7 +70,10 @@ class _Shown:
 def completions_router(context: ServerContext) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post(
+        "/v1/completions",
+        **describe("Complete texts", body=CompletionBody, reply=CompletionReply, streams=True),
+    )
     async def completions(http: Request) -> Response:
         body = await context.read(http, _decoder)
         call = await _prepare(http, body, context)

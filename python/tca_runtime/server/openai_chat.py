@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -33,6 +35,9 @@ from tca_runtime.tokenizer.detokenizer import TokenTable
 from tca_runtime.tokenizer.errors import RequestError
 from tca_runtime.tokenizer.manager import TokenizerManager
 from tca_runtime.tokenizer.state import LogprobEntry, RequestState, TextRequest
+
+# Rendering more of them holds other clients up, so it goes to a thread.
+_INLINE_MESSAGES = 256
 
 _decoder = msgspec.json.Decoder(ChatBody)
 
@@ -103,12 +108,15 @@ async def _prepare(http: Request, body: ChatBody, context: ServerContext) -> _Ca
     manager = context.manager
     namespace = cache_namespace(body.extra_key, body.cache_salt)
     plan = plan_tools(body.tools, body.tool_choice, body.parallel_tool_calls is not False)
-    prompt = manager.chat_template.render(
+    render = partial(
+        manager.chat_template.render,
         body.messages,
         plan.offered,
         body.chat_template_kwargs,
         bool(body.continue_final_message),
     )
+    is_long = len(body.messages) > _INLINE_MESSAGES
+    prompt = await asyncio.to_thread(render) if is_long else render()
     ids = await prompt_ids(manager, prompt, add_special_tokens=False)
     max_tokens = (
         body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens

@@ -15,8 +15,9 @@ from tca_runtime.tokenizer.manager import Limits
 from tca_runtime.tokenizer.stops import MAX_STOPS
 
 MAX_SAMPLES = 128
+MAX_STOP_IDS = 1024
 MAX_STOP_LENGTH = 1 << 12
-MAX_GRAMMAR_LENGTH = 1 << 20
+MAX_GRAMMAR_LENGTH = 1 << 18
 _MAX_NESTING = 64
 _INT64 = range(-(2**63), 2**63)
 _DEFAULTS = SamplingParams()
@@ -33,6 +34,12 @@ def build_sampling(body: SamplingBody, prompt_tokens: int, limits: Limits) -> Sa
     max_new_tokens, min_new_tokens = _lengths(body, prompt_tokens, limits)
     stop_token_ids = tuple(i for i in body.stop_token_ids or () if i is not None)
     check_token_ids("stop_token_ids", stop_token_ids, limits)
+    _require(
+        len(stop_token_ids) <= MAX_STOP_IDS,
+        "stop_token_ids",
+        f"at most {MAX_STOP_IDS} ids",
+        len(stop_token_ids),
+    )
     logit_bias = body.logit_bias or {}
     check_token_ids("logit_bias", logit_bias, limits)
     _check_nesting("custom_params", body.custom_params)

@@ -23,7 +23,7 @@ from tca_runtime.server.requests import (
     prompts_of_ids,
 )
 from tca_runtime.server.sampling import build_sampling, check_int64
-from tca_runtime.server.schemas import GenerateBody, SamplingBody
+from tca_runtime.server.schemas import GenerateBody, SamplingBody, check_supported
 from tca_runtime.server.sse import event, stream_reply
 from tca_runtime.tokenizer.errors import RequestError
 from tca_runtime.tokenizer.manager import TokenizerManager
@@ -160,8 +160,7 @@ async def _events(
 
 
 def _prompts(body: GenerateBody) -> tuple[Sequence[str | list[int]], bool]:
-    if body.image_data or body.input_embeds:
-        raise RequestError("image_data and input_embeds are not supported: text models only")
+    check_supported(body)
     if (body.text is None) == (body.input_ids is None):
         raise RequestError("give either text or input_ids")
     if body.text is not None:

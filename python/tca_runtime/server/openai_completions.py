@@ -95,8 +95,6 @@ async def _prepare(http: Request, body: CompletionBody, context: ServerContext) 
     arrived = time.perf_counter()
     manager = context.manager
     namespace = cache_namespace(body.extra_key, body.cache_salt)
-    if body.suffix:
-        raise RequestError("suffix is not supported", param="suffix")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise RequestError("best_of must equal n", param="best_of")
     if body.logprobs is not None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tca_runtime.config import SchedulerArgs
-from tca_runtime.messages import GenerateRequest
+from tca_runtime.messages import FinishReason, GenerateRequest
 from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.scheduler import deadlines
 from tca_runtime.scheduler.fairness import OUTPUT_WEIGHT, PREPAID_OUTPUT, QUANTUM
@@ -133,16 +133,16 @@ def test_priority_comes_first_and_shares_hold_within_it() -> None:
 def test_unused_output_is_refunded() -> None:
     queue = WaitingQueue("fcfs")
     for arrival in range(60):
-        queue.add(request(arrival, "short", 10, PREPAID_OUTPUT))
-        queue.add(request(arrival + 60, "prompt", 10 + OUTPUT_WEIGHT * PREPAID_OUTPUT))
+        queue.add(request(arrival, "prompt", 10 + OUTPUT_WEIGHT * PREPAID_OUTPUT))
+        queue.add(request(arrival + 60, "short", 10, PREPAID_OUTPUT))
     served: Counter[str] = Counter()
     for _ in range(60):
         chosen = admit(queue)
         served[chosen.client] += 1
-        chosen.finish = object()  # type: ignore[assignment]
+        chosen.finish = FinishReason("stop")
         queue.remove({chosen})
-    # The short ones ended without output, so they cost a fiftieth of what was put down for them.
-    assert served["short"] > 5 * served["prompt"] or not any(r.client == "short" for r in queue)
+    # Both seem to cost the same, but the short ones end without any output: they are cheap.
+    assert served["short"] > 45
 
 
 def test_one_client_leaves_the_policy_alone() -> None:

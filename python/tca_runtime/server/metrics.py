@@ -82,7 +82,9 @@ class Metrics:
             if last is None:
                 self._ttft.observe(now - state.request.arrived)
             else:
-                self._itl.observe((now - last) / new_tokens)
+                # Tokens that were told together came at the same pace.
+                for _ in range(new_tokens):
+                    self._itl.observe((now - last) / new_tokens)
             self._last_token[state.wire_id] = now
             self._generation_tokens.inc(new_tokens)
         if state.finish is not None:

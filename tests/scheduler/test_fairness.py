@@ -152,6 +152,44 @@ def test_one_client_leaves_the_policy_alone() -> None:
     assert [admit(queue).arrival for _ in range(20)] == list(range(20))
 
 
+def waiting_clients(harness: Harness) -> list[str]:
+    return sorted(r.client for r in harness.scheduler.planner.waiting if r.finish is None)
+
+
+def test_a_flood_does_not_shut_others_out() -> None:
+    harness = Harness(max_running_requests=1, max_queued_requests=4)
+    harness.submit("busy", [9] * 5, 60)
+    harness.scheduler.run_once()
+    for i in range(6):
+        harness.submit(f"flood{i}", [1] * 5, 1, client="flood")
+    harness.scheduler.run_once()
+    assert waiting_clients(harness) == ["flood"] * 4
+    for i in range(4):
+        harness.submit(f"b{i}", [2] * 5, 1, client="b")
+    harness.scheduler.run_once()
+    assert waiting_clients(harness) == ["b", "b", "flood", "flood"]
+    harness.submit("c", [3] * 5, 1, client="c")
+    harness.scheduler.run_once()
+    assert "c" in waiting_clients(harness)
+    harness.run()
+    statuses = Counter(harness.finish(f"flood{i}").status for i in range(6))
+    assert statuses[503] >= 4
+    assert harness.finish("flood0").type != "abort"
+    assert harness.finish("c").type != "abort"
+    assert harness.finish("busy").type != "abort"
+
+
+def test_a_full_queue_keeps_the_higher_priorities() -> None:
+    harness = Harness(max_running_requests=1, max_queued_requests=2)
+    harness.submit("busy", [9] * 5, 60)
+    harness.scheduler.run_once()
+    for name, priority in (("low", 0), ("middle", 1), ("high", 2), ("lowest", -1), ("also", 0)):
+        harness.submit(name, [1] * 5, 1, priority=priority)
+    harness.run()
+    refused = {n for n in ("low", "middle", "high", "lowest", "also") if harness.finish(n).status}
+    assert refused == {"low", "lowest", "also"}
+
+
 @pytest.mark.parametrize(
     ("limits", "status", "words"),
     [

@@ -152,7 +152,7 @@ class Scheduler:
             self._outbox.send(self._control.handle(message))
 
     def _accept(self, message: GenerateRequest) -> None:
-        request = self._intake.build(message, len(self.planner.waiting))
+        request = self._intake.build(message, self.planner.waiting)
         if request.finish is not None:
             self._outbox.send(TokenBatch(outputs=[take_output(request)]))
             return

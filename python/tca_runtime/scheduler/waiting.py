@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 from tca_runtime.cache.manager import CacheManager
 from tca_runtime.cache.radix_tree import PrefixMatch
+from tca_runtime.messages import FinishReason
 from tca_runtime.scheduler.fairness import FairShares
 from tca_runtime.scheduler.request import Request
 
@@ -42,6 +44,36 @@ class WaitingQueue:
             at -= 1
         self._requests.insert(at, request)
         self._shares.enter(request)
+
+    def displace(self, client: str, priority: int) -> bool:
+        """Give a place in a full queue to ``client``, if somebody else should make room.
+
+        That is the newest request of the lowest priority, if that is lower than ``priority``; and
+        otherwise of the client with most requests of that priority, if it has two more than
+        ``client`` would have. So nobody can shut others out by filling the queue.
+        """
+        # Not those that were retracted: their clients have begun to read.
+        open_requests = [r for r in self._requests if r.finish is None and r.admitted_at is None]
+        lowest = min((r.message.priority for r in open_requests), default=priority)
+        if lowest > priority:
+            return False
+        places = Counter(r.client for r in open_requests if r.message.priority == lowest)
+        holder, most = max(places.items(), key=lambda item: item[1], default=("", 0))
+        if lowest == priority and most < places[client] + 2:
+            return False
+        victim = next(
+            r
+            for r in reversed(open_requests)
+            if r.client == holder and r.message.priority == lowest
+        )
+        text = "the queue is full, and another request has a better claim to a place in it"
+        victim.finish = FinishReason("abort", message=text, status=503)
+        return True
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return sum(r.finish is None for r in self._requests)
 
     def admit(self, request: Request, missing: int) -> None:
         """Note that a request begins, with ``missing`` tokens to compute; it is removed later."""

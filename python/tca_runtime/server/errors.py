@@ -20,6 +20,8 @@ RETRY_AFTER_SECONDS = "1"
 
 logger = logging.getLogger(__name__)
 
+_MAX_LOGGED = 300
+
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -73,6 +75,9 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_request_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
+        reason = error.message[:_MAX_LOGGED]
+        fields = {"path": request.url.path, "status": error.status, "reason": reason}
+        logger.info("request refused", extra={"fields": fields})
         return error_response(request.url.path, error.message, error.status, error.param)
 
     async def on_bad_query(request: Request, error: Exception) -> Response:

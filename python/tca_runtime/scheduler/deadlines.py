@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from tca_runtime.config import SchedulerArgs
 from tca_runtime.messages import FinishReason
@@ -21,13 +21,13 @@ class Deadlines:
         self._total = args.request_timeout
         self._next_check = 0.0
 
-    def mark(self, requests: Iterable[Request]) -> None:
+    def mark(self, active: Callable[[], Iterable[Request]]) -> None:
         """Set ``finish`` where a limit is passed; cheap enough for every step."""
         now = time.monotonic()
         if now < self._next_check:
             return
         self._next_check = now + CHECK_SECONDS
-        for request in requests:
+        for request in active():
             if request.finish is None:
                 request.finish = self._expiry(request, now - request.arrived_at)
 

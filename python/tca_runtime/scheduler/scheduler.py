@@ -116,7 +116,7 @@ class Scheduler:
         """One iteration: messages in, at most one step launched, replies of the last one out."""
         for message in self._inbox.drain(self._patience()):
             self._handle(message)
-        self._deadlines.mark(self.planner.active())
+        self._deadlines.mark(self.planner.active)
         self._end_finished()
         previous, self._in_flight = self._in_flight, self._launch()
         if previous is not None:

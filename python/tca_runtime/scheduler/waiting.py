@@ -96,14 +96,19 @@ class WaitingQueue:
         """The candidates for admission, best first."""
         ready = [r for r in self._requests if r.grammar is None]
         candidates = self._shares.candidates(ready, RANKED)
-        cached = {r: find_prefix(cache, r).num_tokens for r in candidates}
+        prefixes: dict[Request, int] = {}
+
+        def cached(request: Request) -> int:
+            if request not in prefixes:
+                prefixes[request] = find_prefix(cache, request).num_tokens
+            return prefixes[request]
 
         def key(request: Request) -> tuple[int, bool, int, int]:
             priority, patient = -request.message.priority, request.skipped < MAX_SKIPS
-            prefers = cached[request] if self._policy == "lpm" else 0
+            prefers = cached(request) if self._policy == "lpm" else 0
             return priority, patient, -prefers, request.arrival
 
-        return self._shares.order(candidates, key, lambda r: r.num_tokens - cached[r])
+        return self._shares.order(candidates, key, lambda r: r.num_tokens - cached(r))
 
     def uncached_tokens(self, cache: CacheManager) -> int:
         """Prompt tokens that the waiting requests would have to compute.

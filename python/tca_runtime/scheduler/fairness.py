@@ -111,8 +111,8 @@ class FairShares:
                     queues.setdefault(request.client, []).append(request)
             while queues:
                 limit = min(served[client] for client in queues) + QUANTUM
-                within = [client for client in queues if served[client] < limit]
-                client = min(within, key=lambda c: key(queues[c][-1]))
+                heads = {c: key(queue[-1]) for c, queue in queues.items() if served[c] < limit}
+                client = min(heads, key=heads.__getitem__)
                 request = queues[client].pop()
                 served[client] += cost(request) + OUTPUT_WEIGHT * _expected_output(request)
                 if not queues[client]:

@@ -10,12 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tca_runtime.config import SchedulerArgs
 from tca_runtime.messages import FinishReason, GenerateRequest
 from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.scheduler import deadlines
 from tca_runtime.scheduler.fairness import OUTPUT_WEIGHT, PREPAID_OUTPUT, QUANTUM
-from tca_runtime.scheduler.pace import MIN_CHUNK, PrefillPace
 from tca_runtime.scheduler.request import Request, token_buffer
 from tca_runtime.scheduler.waiting import RANKED, WaitingQueue
 from tests.scheduler.fakes import Harness
@@ -214,21 +212,3 @@ def test_a_request_over_its_time_gets_one_clean_end(
     ended_early = harness.finish("running").type == "abort"
     assert ended_early == ("request_timeout" in limits)
     assert harness.engine.cache.usage().running_slots == 0
-
-
-def test_a_prompt_takes_less_of_a_step_while_others_decode() -> None:
-    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=1000, max_decode_slowdown=3.0))
-    assert pace.budget(0) == 1000
-    assert pace.budget(4) == MIN_CHUNK
-    pace.record(4, 0, 0.010)
-    pace.record(0, 1000, 0.100)
-    assert pace.budget(4) == 200
-    assert pace.budget(0) == 1000
-    for _ in range(100):
-        pace.record(4, 200, 0.110)
-    assert MIN_CHUNK <= pace.budget(4) < 50
-    for _ in range(100):
-        pace.record(4, 200, 0.0101)
-    assert pace.budget(4) == 1000
-    off = PrefillPace(SchedulerArgs(chunked_prefill_size=1000, max_decode_slowdown=0.0))
-    assert off.budget(4) == 1000

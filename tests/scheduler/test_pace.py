@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tca_runtime.scheduler.pace import PrefillPace
+from tca_runtime.config import SchedulerArgs
+from tca_runtime.scheduler.pace import MIN_CHUNK, PrefillPace
 from tca_runtime.scheduler.request import Request
 from tests.scheduler.fakes import EOS, Harness, expected_output
 
@@ -64,3 +65,41 @@ def test_an_idle_server_takes_whole_chunks(harness: Harness) -> None:
     harness.submit("long", [7] * 100, 2)
     harness.run()
     assert [chunks for _, chunks in sizes(harness) if chunks] == [[CHUNK], [100 - CHUNK]]
+
+
+def settled(pace: PrefillPace, fixed: float, per_token: float) -> int:
+    """The budget after many mixed steps on a device where they cost so much."""
+    for _ in range(40):
+        tokens = pace.budget(4)
+        pace.record(4, tokens, fixed + per_token * tokens)
+    return pace.budget(4)
+
+
+def test_the_budget_follows_what_mixed_steps_take() -> None:
+    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=1000, max_decode_slowdown=3.0))
+    assert pace.budget(0) == 1000
+    assert pace.budget(4) == MIN_CHUNK
+    for _ in range(3):
+        pace.record(4, 0, 0.010)
+    assert 190 <= settled(pace, 0.010, 0.0001) <= 200
+    assert 90 <= settled(pace, 0.020, 0.0001) <= 100
+    assert settled(pace, 0.050, 0.0001) == MIN_CHUNK
+    assert settled(pace, 0.010, 0.0) == 1000
+    assert pace.budget(0) == 1000
+
+
+def test_the_budget_moves_by_steps_and_not_for_lack_of_work() -> None:
+    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=1000, max_decode_slowdown=3.0))
+    pace.record(4, 0, 0.010)
+    pace.record(4, MIN_CHUNK, 0.0101)
+    assert pace.budget(4) == 2 * MIN_CHUNK
+    pace.record(4, 1, 0.0101)
+    assert pace.budget(4) == 2 * MIN_CHUNK
+    pace.record(4, 2 * MIN_CHUNK, 9.0)
+    assert pace.budget(4) == MIN_CHUNK
+
+
+def test_pacing_can_be_turned_off() -> None:
+    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=1000, max_decode_slowdown=0.0))
+    pace.record(4, 1000, 9.0)
+    assert pace.budget(4) == 1000

@@ -143,6 +143,22 @@ def test_unused_output_is_refunded() -> None:
     assert served["short"] > 45
 
 
+def test_a_refund_from_before_an_empty_queue_earns_nothing() -> None:
+    queue = WaitingQueue("fcfs")
+    old = [request(arrival, "a", 10, PREPAID_OUTPUT) for arrival in range(40)]
+    for r in old:
+        queue.add(r)
+    while len(queue):
+        admit(queue)
+    for arrival in range(40, 80):
+        queue.add(request(arrival, "a", 2000))
+        queue.add(request(arrival + 100, "b", 2000))
+    for r in old:
+        r.finish = FinishReason("stop")
+    queue.remove(set(old))
+    assert "b" in {admit(queue).client for _ in range(4)}
+
+
 def test_one_client_leaves_the_policy_alone() -> None:
     queue = WaitingQueue("fcfs")
     for arrival in range(20):

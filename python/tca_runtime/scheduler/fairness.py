@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tca_runtime.scheduler.request import Request
+from tca_runtime.scheduler.request import ClientAccount, Request
 
 # Computing a token of output costs about as much as two of a prompt.
 OUTPUT_WEIGHT = 2
@@ -32,43 +32,50 @@ class FairShares:
     """
 
     def __init__(self) -> None:
-        self._served: dict[str, float] = {}
-        self._waiting: Counter[str] = Counter()
+        # Of clients that have something waiting, or are ahead of the level.
+        self._accounts: dict[str, ClientAccount] = {}
+        self._num_waiting = 0
         # What a client that always had something waiting would have been served.
         self._level = 0.0
 
     def enter(self, request: Request) -> None:
         """A request waits, for the first time or after a retraction."""
-        if not self._waiting[request.client]:
-            served = self._served.get(request.client, 0.0)
-            self._served[request.client] = max(served, self._level)
-        self._waiting[request.client] += 1
+        account = self._accounts.setdefault(request.client, ClientAccount(self._level))
+        if not account.waiting:
+            account.served = max(account.served, self._level)
+            self._num_waiting += 1
+        account.waiting += 1
 
     def leave(self, request: Request) -> None:
         """A request waits no longer."""
-        self._waiting[request.client] -= 1
-        if self._waiting[request.client]:
+        account = self._accounts[request.client]
+        account.waiting -= 1
+        if account.waiting:
             return
-        del self._waiting[request.client]
-        if self._waiting:
-            ahead = {c: n for c, n in self._served.items() if n > self._level or c in self._waiting}
-            self._served = ahead
+        self._num_waiting -= 1
+        if self._num_waiting:
+            kept = {c: a for c, a in self._accounts.items() if a.waiting or a.served > self._level}
+            self._accounts = kept
         else:
-            self._served.clear()
+            self._accounts = {}
             self._level = 0.0
 
     def admit(self, request: Request, missing: int) -> None:
         """Charge an admitted request for ``missing`` tokens to compute and some output."""
+        if request.account is not self._accounts[request.client]:
+            request.account = self._accounts[request.client]
+            request.paid_output = request.num_output
         prepaid = request.num_output + _expected_output(request)
-        self._charge(request.client, missing + OUTPUT_WEIGHT * (prepaid - request.paid_output))
+        self._charge(request, missing + OUTPUT_WEIGHT * (prepaid - request.paid_output))
         request.paid_output = prepaid
 
     def settle(self, request: Request) -> None:
-        """Charge an ended request for the output it really had."""
-        owed = OUTPUT_WEIGHT * (request.num_output - request.paid_output)
+        """Charge an ended request for the output it really had, or refund what it had not.
+
+        That goes to the account that paid; if it was closed since, its owner has been put level.
+        """
+        self._charge(request, OUTPUT_WEIGHT * (request.num_output - request.paid_output))
         request.paid_output = request.num_output
-        if request.client in self._served:
-            self._charge(request.client, owed)
 
     def candidates(self, requests: Sequence[Request], limit: int) -> list[Request]:
         """At most ``limit`` requests to rank: clients take turns with their oldest ones.
@@ -83,7 +90,7 @@ class FairShares:
             client, priority = request.client, request.message.priority
             turn = turns[client, priority]
             turns[client, priority] += 1
-            keys[request] = (-priority, turn, self._served[client], request.arrival)
+            keys[request] = (-priority, turn, self._accounts[client].served, request.arrival)
         return sorted(requests, key=keys.__getitem__)[:limit]
 
     def order(
@@ -102,7 +109,7 @@ class FairShares:
         ordered = sorted(requests, key=key)
         if len({r.client for r in ordered}) < 2:
             return ordered
-        served = dict(self._served)
+        served = {client: account.served for client, account in self._accounts.items()}
         result: list[Request] = []
         for priority in sorted({r.message.priority for r in ordered}, reverse=True):
             queues: dict[str, list[Request]] = {}
@@ -120,9 +127,11 @@ class FairShares:
                 result.append(request)
         return result
 
-    def _charge(self, client: str, amount: float) -> None:
-        self._served[client] += amount
-        self._level += amount / max(1, len(self._waiting))
+    def _charge(self, request: Request, amount: float) -> None:
+        account = request.account
+        if account is not None and self._accounts.get(request.client) is account:
+            account.served += amount
+            self._level += amount / max(1, self._num_waiting)
 
 
 def _expected_output(request: Request) -> int:

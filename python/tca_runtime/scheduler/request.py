@@ -19,6 +19,14 @@ from tca_runtime.sparsity.chooser import RequestSparsity
 
 
 @dataclass(eq=False)
+class ClientAccount:
+    """What a client has been served, and how many of its requests wait; see ``FairShares``."""
+
+    served: float
+    waiting: int = 0
+
+
+@dataclass(eq=False)
 class Request:
     """A prompt, its output so far, and its hold on the cache.
 
@@ -34,7 +42,7 @@ class Request:
     finish : set once the request must end; one place in the scheduler acts on it
     sequence : hold on the cache, None while waiting
     skipped : admissions that passed this request by
-    paid_output : output tokens that its client's share was charged for
+    account, paid_output : who pays for the request, and the output tokens already paid for
     arrived_at, admitted_at : by ``time.monotonic``; the latter of the first admission
     grammar : set while the request's grammar compiles; it is not admitted before
     selected_at : tokens at the last selection of the decode view, None before the first
@@ -56,6 +64,7 @@ class Request:
     cached_tokens: int | None = None
     num_retractions: int = 0
     skipped: int = 0
+    account: ClientAccount | None = None
     paid_output: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
     admitted_at: float | None = None

@@ -19,6 +19,7 @@ BASE = {
     "stdio",
     "fetch_model",
     "gguf_file",
+    "logs",
 }
 LOW = {"attention", "cache", "sparsity"}
 ALLOWED = {

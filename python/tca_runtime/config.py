@@ -56,7 +56,18 @@ class SchedulerArgs:
 
     max_running_requests: int = _option(64, "requests that decode together")
     max_queued_requests: int = _option(4096, "waiting requests before 503")
+    queue_timeout: float = _option(
+        600.0, "seconds a request may wait for admission before 503; 0 is no limit"
+    )
+    request_timeout: float = _option(
+        3600.0, "seconds a request may take, waiting included, before 504; 0 is no limit"
+    )
     chunked_prefill_size: int = _option(2048, "prompt tokens computed per step at most")
+    max_decode_slowdown: float = _option(
+        2.5,
+        "how much longer than a decode step a step may take that also computes part of a prompt; "
+        "a selection's chunk is computed whole all the same; 0 is no limit",
+    )
     schedule_policy: str = _option(
         "lpm", "order of admission: longest prefix match or arrival", choices=("lpm", "fcfs")
     )
@@ -122,8 +133,15 @@ class ServerArgs:
 
     host: str = _option("127.0.0.1", "address to listen on")
     port: int = _option(30000, "port to listen on")
-    api_key: str | None = _option(None, "bearer token that clients must send")
+    api_key: str | None = _option(
+        None, "bearer token that clients must send; several are separated by commas"
+    )
+    admin_api_key: str | None = _option(
+        None, "bearer token for flush_cache, abort_request and profiling"
+    )
     log_level: str = _option("info", "verbosity", choices=("debug", "info", "warning", "error"))
+    log_format: str = _option("text", "log lines", choices=("text", "json"))
+    profile_dir: str = _option("profiles", "traces are written there, or below")
     max_body_bytes: int = _option(64 << 20, "largest accepted request body")
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from tca_runtime.config import RuntimeConfig, ServerArgs, parse_args
 from tca_runtime.fetch_model import FetchError
 from tca_runtime.gguf_file import GgufError
+from tca_runtime.logs import configure_logging
 from tca_runtime.server.app import build_app
 from tca_runtime.stdio import survive_full_disk
 from tca_runtime.supervisor import Life, StartupError, Supervisor
@@ -55,10 +56,7 @@ SCHEDULER_ENVIRONMENT = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a server until it is told to stop. Returns the process's exit status."""
     config = parse_args(argv)
-    logging.basicConfig(
-        level=config.server.log_level.upper(),
-        format="%(asctime)s %(levelname)s server %(name)s: %(message)s",
-    )
+    configure_logging(config.server, "server")
     for name, value in SCHEDULER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

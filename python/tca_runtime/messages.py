@@ -37,6 +37,9 @@ class GenerateRequest(_Message):
 
     Without ``incremental`` the tokens between the first and the last are told together: nobody
     looks at them before, and every message takes the tokenizer process a core for a while.
+
+    Requests of higher ``priority`` are admitted first; those of one ``client`` share its part of
+    the server; those of different ``extra_key`` share no cached prefix.
     """
 
     rid: str
@@ -46,6 +49,7 @@ class GenerateRequest(_Message):
     extra_key: str | None = None
     priority: int = 0
     incremental: bool = True
+    client: str = ""
 
 
 class AbortRequest(_Message):
@@ -95,6 +99,7 @@ class TokenOutput(_Message):
     finish: FinishReason | None = None
     cached_tokens: int = 0
     num_retractions: int = 0
+    queue_seconds: float = 0.0
     input_logprobs: list[TokenLogprob] | None = None
     input_top_logprobs: TopLogprobs | None = None
     output_logprobs: list[TokenLogprob] | None = None

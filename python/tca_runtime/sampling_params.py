@@ -40,7 +40,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_regex: tuple[str, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
     logit_bias: dict[int, float] = {}
     n: int = 1

@@ -38,8 +38,15 @@ DEFAULT_ANSWER = "hello world, the quick brown fox"
 CONTEXT_LENGTH = 512
 STATE = {
     "num_running_reqs": 2,
+    "max_running_requests": 64,
     "num_waiting_reqs": 1,
-    "num_waiting_tokens": 7,
+    "num_waiting_uncached_tokens": 7,
+    "num_grammar_reqs": 0,
+    "num_retracted_reqs": 0,
+    "num_retractions": 3,
+    "reclaimed_slots": {"demoted": 4, "pruned": 5, "evicted": 6, "promoted": 7},
+    "num_steps": 8,
+    "step_seconds_total": 0.5,
     "max_total_num_tokens": 1000,
     "available_tokens": 750,
     "gen_throughput": 12.5,

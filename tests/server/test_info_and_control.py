@@ -81,13 +81,13 @@ def test_metrics(server: Server) -> None:
     eventually(lambda: server.manager.num_open == 0)
     after = read()
     change = {name: after[name] - before[name] for name in after}
-    assert change["tca:num_requests_total"] == 2
-    assert change["tca:num_aborted_requests_total"] == 1
-    assert change["tca:generation_tokens_total"] == reply["completion_tokens"]
-    assert change["tca:prompt_tokens_total"] == reply["prompt_tokens"] + 1
-    assert change["tca:time_to_first_token_seconds_count"] == 1
-    assert change["tca:e2e_request_latency_seconds_count"] == 2
-    assert after["tca:num_running_reqs"] == 2 and after["tca:num_queue_reqs"] == 1
+    assert change["sglang:num_requests_total"] == 2
+    assert change["sglang:num_aborted_requests_total"] == 1
+    assert change["sglang:generation_tokens_total"] == reply["completion_tokens"]
+    assert change["sglang:prompt_tokens_total"] == reply["prompt_tokens"] + 1
+    assert change["sglang:time_to_first_token_seconds_count"] == 1
+    assert change["sglang:e2e_request_latency_seconds_count"] == 2
+    assert after["sglang:num_running_reqs"] == 2 and after["sglang:num_queue_reqs"] == 1
     assert after["tca:kv_cache_tree_slots"] == 30
 
 
@@ -113,7 +113,9 @@ def test_profile(server: Server) -> None:
     assert server.post("/start_profile", wish).status_code == 200
     assert server.post("/stop_profile", None).status_code == 200
     assert [c.action for c in server.scheduler.controls[-2:]] == ["start_profile", "stop_profile"]
-    assert server.scheduler.controls[-2].args == {"output_dir": "traces"}
+    assert server.scheduler.controls[-2].args == wish
+    response = server.post("/start_profile", {"num_steps": 0})
+    assert response.status_code == 400 and "num_steps" in response.text
 
 
 def test_api_key() -> None:

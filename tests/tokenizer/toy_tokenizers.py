@@ -24,6 +24,7 @@ CORPUS = [
 ]
 CHAT_TEMPLATE = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% if mood %}<|im_start|>mood\n{{ mood }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}"
     "{% if m.role == 'nobody' %}{{ raise_exception('unknown role') }}{% endif %}"
     "<|im_start|>{{ m.role }}\n{{ m.content }}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import deque
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tca_runtime.cache.tree_report import describe_tree
+from tca_runtime.config import RuntimeConfig
 from tca_runtime.messages import Control, ControlReply
 from tca_runtime.scheduler.planner import StepPlan
 
 if TYPE_CHECKING:
     from tca_runtime.engine.engine import Engine
     from tca_runtime.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 # Generation throughput is averaged over this many seconds.
 RATE_WINDOW = 5.0
@@ -27,9 +31,12 @@ TREE_NODES = 1000
 class ControlHandler:
     """Answers ``Control`` messages between steps, when no step is in flight."""
 
-    def __init__(self, scheduler: Scheduler, engine: Engine) -> None:
+    def __init__(self, scheduler: Scheduler, engine: Engine, config: RuntimeConfig) -> None:
         self._scheduler = scheduler
         self._engine = engine
+        self._max_running = config.scheduler.max_running_requests
+        self._profile_dir = Path(config.server.profile_dir).resolve()
+        self._profile_steps: int | None = None
         self._generated: deque[tuple[float, int]] = deque()
         self._profiler: torch.profiler.profile | None = None
         self._trace_path = Path()
@@ -55,8 +62,14 @@ class ControlHandler:
             if chunk.request.sequence is not None and chunk.begin == chunk.request.cached_tokens:
                 self.cached_tokens += chunk.begin
         self.generated_tokens += tokens
+        computed = sum(chunk.end - chunk.begin for chunk in plan.chunks)
+        self._scheduler.planner.pace.record(len(plan.decode), computed, seconds)
         self.num_steps += 1
         self.step_seconds += seconds
+        if self._profile_steps is not None:
+            self._profile_steps -= 1
+            if self._profile_steps <= 0:
+                self._end_profile()
         self._generated.append((now, tokens))
         while self._generated and now - self._generated[0][0] > RATE_WINDOW:
             self._generated.popleft()
@@ -67,8 +80,11 @@ class ControlHandler:
         computed = self.prompt_tokens + self.cached_tokens
         return {
             "num_running_reqs": len(planner.running) + len(planner.prefilling),
+            "max_running_requests": self._max_running,
             "num_waiting_reqs": len(planner.waiting),
-            "num_waiting_tokens": sum(r.num_tokens for r in planner.waiting),
+            "num_grammar_reqs": sum(r.grammar is not None for r in planner.waiting),
+            "num_retracted_reqs": sum(r.num_retractions > 0 for r in planner.waiting),
+            "num_waiting_uncached_tokens": planner.waiting.uncached_tokens(cache),
             "num_retractions": planner.num_retractions,
             "reclaimed_slots": dataclasses.asdict(cache.reclaimer.counts),
             "max_total_num_tokens": cache.capacity_tokens,
@@ -104,8 +120,12 @@ class ControlHandler:
     def _start_profile(self, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if self._profiler is not None:
             raise ValueError("a profile is being recorded already")
-        self._trace_path = Path(args.get("output_dir") or ".") / f"trace-{int(time.time())}.json"
-        self._trace_path.parent.mkdir(parents=True, exist_ok=True)
+        directory = (self._profile_dir / (args.get("output_dir") or "")).resolve()
+        if not directory.is_relative_to(self._profile_dir):
+            raise ValueError(f"output_dir must be below {self._profile_dir} (--profile-dir)")
+        directory.mkdir(parents=True, exist_ok=True)
+        self._trace_path = directory / f"trace-{time.time():.3f}.json"
+        self._profile_steps = args.get("num_steps")
         self._profiler = torch.profiler.profile()
         self._profiler.start()
         return f"recording to {self._trace_path}", {}
@@ -113,7 +133,12 @@ class ControlHandler:
     def _stop_profile(self, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if self._profiler is None:
             raise ValueError("no profile is being recorded")
-        self._profiler.stop()
-        self._profiler.export_chrome_trace(str(self._trace_path))
-        self._profiler = None
+        self._end_profile()
         return f"wrote {self._trace_path}", {"path": str(self._trace_path)}
+
+    def _end_profile(self) -> None:
+        profiler, self._profiler, self._profile_steps = self._profiler, None, None
+        if profiler is not None:
+            profiler.stop()
+            profiler.export_chrome_trace(str(self._trace_path))
+            logger.info("wrote %s", self._trace_path)

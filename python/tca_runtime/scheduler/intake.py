@@ -12,6 +12,7 @@ from tca_runtime.cache.radix_tree import Namespace
 from tca_runtime.engine.sampler import RowSampling
 from tca_runtime.messages import FinishReason, GenerateRequest
 from tca_runtime.scheduler.request import Request, token_buffer
+from tca_runtime.scheduler.waiting import WaitingQueue
 from tca_runtime.sparsity.chooser import RequestSparsity, request_sparsity
 from tca_runtime.sparsity.settings import SparsitySettings
 
@@ -49,15 +50,18 @@ class Intake:
         self._sparsity = sparsity
         self._drops = drops
 
-    def build(self, message: GenerateRequest, num_waiting: int) -> Request:
-        """The request; its ``finish`` is set when it must be refused."""
+    def build(self, message: GenerateRequest, waiting: WaitingQueue) -> Request:
+        """The request; its ``finish`` is set when it must be refused.
+
+        In a full queue another request may have to make room for it.
+        """
         prompt = np.frombuffer(message.input_ids, dtype="<i4").astype(np.int32)
         limits = self._limits
         room = min(limits.context_length, limits.cache_tokens) - len(prompt)
         params = message.sampling
         max_new = max(0, min(params.max_new_tokens, room))
         sparsity, refusal = self._sparsity_of(message)
-        refusal = refusal or self._refusal(message, len(prompt), room, num_waiting)
+        refusal = refusal or self._refusal(message, len(prompt), room, waiting)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(62)
         return Request(
             message=message,
@@ -87,7 +91,7 @@ class Intake:
         return Namespace(f"{key}\0{sparsity.settings.fingerprint}", prunable=True)
 
     def _refusal(
-        self, message: GenerateRequest, num_prompt: int, room: int, num_waiting: int
+        self, message: GenerateRequest, num_prompt: int, room: int, waiting: WaitingQueue
     ) -> FinishReason | None:
         limits = self._limits
         if room < (1 if message.sampling.max_new_tokens else 0):
@@ -96,7 +100,8 @@ class Intake:
                 f"and the KV cache {limits.cache_tokens}, output included"
             )
             return FinishReason("abort", message=text, status=400)
-        if num_waiting >= limits.max_queued:
-            text = f"{num_waiting} requests are waiting already"
+        full = len(waiting) >= limits.max_queued and waiting.num_open >= limits.max_queued
+        if full and not waiting.displace(message.client, message.priority):
+            text = f"{limits.max_queued} requests are waiting already"
             return FinishReason("abort", message=text, status=503)
         return None

@@ -12,6 +12,7 @@ from torch import Tensor
 from tca_runtime.cache.manager import CacheManager
 from tca_runtime.config import SchedulerArgs
 from tca_runtime.messages import FinishReason
+from tca_runtime.scheduler.pace import PrefillPace
 from tca_runtime.scheduler.request import Request
 from tca_runtime.scheduler.waiting import WaitingQueue, find_prefix
 
@@ -65,6 +66,7 @@ class StepPlanner:
     def __init__(self, args: SchedulerArgs, cache: CacheManager) -> None:
         self._args = args
         self._cache = cache
+        self.pace = PrefillPace(args)
         self.waiting = WaitingQueue(args.schedule_policy)
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
@@ -94,7 +96,7 @@ class StepPlanner:
         self._plan_refresh(chunks)
         if self._args.mixed_batches or not (self.waiting or self.prefilling):
             decode = self._plan_decode()
-        budget = self._args.chunked_prefill_size
+        budget = self.pace.budget(len(decode))
         for request in [r for r in self.prefilling if r.missing]:
             budget -= self._plan_chunk(request, budget, chunks)
         self._admit(budget, chunks)
@@ -168,7 +170,9 @@ class StepPlanner:
         if request.chunk_quantum is not None:
             quantum = min(request.chunk_quantum, self._args.chunked_prefill_size)
             whole = min(request.missing, quantum - begin % quantum)
-            count = whole if whole <= count else 0
+            # It cannot be cut, so the first one of a step may exceed the budget.
+            room = count if chunks else min(whole, self._cache.available_tokens)
+            count = whole if whole <= room else 0
         if count <= 0:
             return 0
         slots = self._cache.extend(request.sequence, count)
@@ -237,6 +241,7 @@ class StepPlanner:
             self._cache.release(request.namespace, sequence, request.tokens[: match.num_tokens])
             return False
         request.sequence = sequence
+        self.waiting.admit(request, missing)
         if not missing:
             # Nothing to compute and nothing to sample: the whole prompt was cached.
             request.finish = FinishReason("length", length=0)

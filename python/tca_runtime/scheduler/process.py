@@ -21,6 +21,7 @@ from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.grammar import GrammarCompiler
 from tca_runtime.fetch_model import FetchError
 from tca_runtime.gguf_file import GgufError
+from tca_runtime.logs import configure_logging
 from tca_runtime.messages import (
     AbortRequest,
     FinishReason,
@@ -32,6 +33,7 @@ from tca_runtime.messages import (
     ToScheduler,
 )
 from tca_runtime.models.errors import ModelError
+from tca_runtime.scheduler.choices import kv_cache_gib, log_choices
 from tca_runtime.scheduler.outbox import Outbox
 from tca_runtime.scheduler.scheduler import Scheduler
 from tca_runtime.sparsity.settings import ConfigurationError
@@ -58,10 +60,7 @@ class Addresses:
 def run_scheduler(config: RuntimeConfig, addresses: Addresses) -> None:
     """Load the model and serve until killed. A crash is reported, then exits with status 1."""
     survive_full_disk()
-    logging.basicConfig(
-        level=config.server.log_level.upper(),
-        format="%(asctime)s %(levelname)s scheduler %(name)s: %(message)s",
-    )
+    configure_logging(config.server, "scheduler")
     # Ctrl-C and some service managers reach all processes; the launcher ends this one itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -116,7 +115,9 @@ def _build(config: RuntimeConfig, inbox: Receiver[ToScheduler], outbox: Outbox) 
         "device": str(engine.device),
         "attention_backend": type(engine.backend).__name__,
         "num_threads": torch.get_num_threads(),
+        "kv_cache_gb": kv_cache_gib(engine),
         **scheduler.state(),
     }
+    log_choices(config, engine)
     outbox.send(SchedulerReady(info=info))
     return scheduler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,14 @@ from tca_runtime.engine.sampler import RowSampling
 from tca_runtime.engine.step import LogprobWish, PositionLogprobs
 from tca_runtime.messages import FinishReason, GenerateRequest
 from tca_runtime.sparsity.chooser import RequestSparsity
+
+
+@dataclass(eq=False)
+class ClientAccount:
+    """What a client has been served, and how many of its requests wait; see ``FairShares``."""
+
+    served: float
+    waiting: int = 0
 
 
 @dataclass(eq=False)
@@ -33,6 +42,8 @@ class Request:
     finish : set once the request must end; one place in the scheduler acts on it
     sequence : hold on the cache, None while waiting
     skipped : admissions that passed this request by
+    account, paid_output : who pays for the request, and the output tokens already paid for
+    arrived_at, admitted_at : by ``time.monotonic``; the latter of the first admission
     grammar : set while the request's grammar compiles; it is not admitted before
     selected_at : tokens at the last selection of the decode view, None before the first
     tca : what selection did, for the client
@@ -53,6 +64,10 @@ class Request:
     cached_tokens: int | None = None
     num_retractions: int = 0
     skipped: int = 0
+    account: ClientAccount | None = None
+    paid_output: int = 0
+    arrived_at: float = field(default_factory=time.monotonic)
+    admitted_at: float | None = None
     num_sent: int = 0
     sent_at: float = 0.0
     selected_at: int | None = None
@@ -64,6 +79,17 @@ class Request:
     @property
     def rid(self) -> str:
         return self.message.rid
+
+    @property
+    def client(self) -> str:
+        """Whose share of the server this request takes."""
+        return self.message.client
+
+    @property
+    def queue_seconds(self) -> float:
+        """How long the request waited for its first admission, so far."""
+        until = time.monotonic() if self.admitted_at is None else self.admitted_at
+        return until - self.arrived_at
 
     @property
     def num_output(self) -> int:

@@ -32,6 +32,7 @@ def take_output(request: Request) -> TokenOutput:
         finish=request.finish,
         cached_tokens=request.cached_tokens or 0,
         num_retractions=request.num_retractions,
+        queue_seconds=request.queue_seconds,
         tca=request.tca if request.finish is not None else None,
     )
     wish = request.message.logprobs

@@ -28,6 +28,7 @@ from tca_runtime.messages import (
     ToTokenizer,
 )
 from tca_runtime.scheduler.control import ControlHandler
+from tca_runtime.scheduler.deadlines import Deadlines
 from tca_runtime.scheduler.intake import Intake, Limits
 from tca_runtime.scheduler.planner import PlannedChunk, StepPlan, StepPlanner
 from tca_runtime.scheduler.request import Request
@@ -102,7 +103,8 @@ class Scheduler:
             engine.sparsity,
             drops=self._retention != "never",
         )
-        self._control = ControlHandler(self, engine)
+        self._deadlines = Deadlines(config.scheduler)
+        self._control = ControlHandler(self, engine, config)
         self._overlap = engine.is_asynchronous and not config.scheduler.disable_overlap
         self._in_flight: LaunchedPlan | None = None
         self._consumed_at = 0.0
@@ -115,6 +117,7 @@ class Scheduler:
         """One iteration: messages in, at most one step launched, replies of the last one out."""
         for message in self._inbox.drain(self._patience()):
             self._handle(message)
+        self._deadlines.mark(self.planner.active)
         self._end_finished()
         previous, self._in_flight = self._in_flight, self._launch()
         if previous is not None:
@@ -151,7 +154,7 @@ class Scheduler:
 
     def _accept(self, message: GenerateRequest) -> None:
         try:
-            request = self._intake.build(message, len(self.planner.waiting))
+            request = self._intake.build(message, self.planner.waiting)
         except (ValueError, OverflowError) as error:
             logger.error("request %s does not make sense: %s", message.rid, error)
             reason = FinishReason("abort", message=f"bad request: {error}", status=400)

@@ -14,10 +14,16 @@ from tca_runtime.server.context import ServerContext
 from tca_runtime.server.control import control_router
 from tca_runtime.server.errors import install_error_handlers
 from tca_runtime.server.info import info_router
+from tca_runtime.server.metrics import Metrics
 from tca_runtime.server.native import native_router
 from tca_runtime.server.openai_chat import chat_router
 from tca_runtime.server.openai_completions import completions_router
+from tca_runtime.server.openapi import install_openapi
+from tca_runtime.server.request_log import log_request
 from tca_runtime.tokenizer.manager import TokenizerManager
+from tca_runtime.tokenizer.state import RequestState
+
+ROUTERS = (native_router, completions_router, chat_router, info_router, control_router)
 
 
 def build_app(config: RuntimeConfig, manager: TokenizerManager) -> FastAPI:
@@ -30,10 +36,18 @@ def build_app(config: RuntimeConfig, manager: TokenizerManager) -> FastAPI:
         await manager.stop()
 
     app = FastAPI(title="TCA runtime", version=version("tca-runtime"), lifespan=lifespan)
-    context = ServerContext(config, manager)
-    for router in (native_router, completions_router, chat_router, info_router, control_router):
+    metrics = Metrics(manager)
+
+    def observe(state: RequestState, new_tokens: int) -> None:
+        metrics.observe(state, new_tokens)
+        log_request(state, new_tokens)
+
+    manager.observer = observe
+    context = ServerContext(config, manager, metrics)
+    for router in ROUTERS:
         app.include_router(router(context))
     install_error_handlers(app)
-    if config.server.api_key is not None:
-        app.add_middleware(ApiKeyMiddleware, api_key=config.server.api_key)
+    install_openapi(app)
+    if config.server.api_key or config.server.admin_api_key:
+        app.add_middleware(ApiKeyMiddleware, args=config.server)
     return app

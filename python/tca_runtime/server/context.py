@@ -8,16 +8,18 @@ import msgspec
 from fastapi import Request, Response
 
 from tca_runtime.config import RuntimeConfig
+from tca_runtime.server.metrics import Metrics
 from tca_runtime.server.schemas import Body, parse, read_body
 from tca_runtime.tokenizer.manager import TokenizerManager
 
 
 @dataclass(frozen=True)
 class ServerContext:
-    """The settings and the manager of one server."""
+    """The settings, the manager and the metrics of one server."""
 
     config: RuntimeConfig
     manager: TokenizerManager
+    metrics: Metrics
 
     async def read(self, request: Request, decoder: msgspec.json.Decoder[Body]) -> Body:
         """The decoded body of a request.

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from tca_runtime.tokenizer.errors import RequestError
@@ -14,8 +15,12 @@ from tca_runtime.tokenizer.state import RequestState
 
 # The status of requests that ended because somebody wanted it; nobody waits for such a reply.
 ABORTED = 499
+# Told to clients that come at a bad time: the queue moves on with every request that ends.
+RETRY_AFTER_SECONDS = "1"
 
 logger = logging.getLogger(__name__)
+
+_MAX_LOGGED = 300
 
 _TYPES = {
     401: "authentication_error",
@@ -54,7 +59,8 @@ def error_response(path: str, message: str, status: int, param: str | None = Non
         body = native_error(message, status)
     else:
         body = openai_error(message, status, param)
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
+    headers = {"Retry-After": RETRY_AFTER_SECONDS} if status in (429, 503) else None
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
 def raise_if_failed(state: RequestState) -> None:
@@ -69,7 +75,16 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_request_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
+        reason = error.message[:_MAX_LOGGED]
+        fields = {"path": request.url.path, "status": error.status, "reason": reason}
+        logger.info("request refused", extra={"fields": fields})
         return error_response(request.url.path, error.message, error.status, error.param)
+
+    async def on_bad_query(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return error_response(request.url.path, f"{name}: {first['msg']}", 400, name)
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -88,6 +103,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(request.url.path, "internal server error", 500)
 
     app.add_exception_handler(RequestError, on_request_error)
+    app.add_exception_handler(RequestValidationError, on_bad_query)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RecursionError, on_recursion)
     app.add_exception_handler(ClientGone, on_client_gone)

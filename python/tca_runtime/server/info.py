@@ -5,15 +5,24 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.server.context import ServerContext, json_response
-from tca_runtime.server.metrics import Metrics, load_figures
+from tca_runtime.server.loads import loads_report, router_load
+from tca_runtime.server.metrics import scheduler_metrics
+from tca_runtime.server.openapi import describe, list_of
+from tca_runtime.server.replies import (
+    Loads,
+    ModelCard,
+    ModelInfo,
+    ModelList,
+    RouterLoad,
+    ServerInfo,
+)
 from tca_runtime.server.requests import finished_outputs, new_rid
 from tca_runtime.tokenizer.errors import RequestError
 from tca_runtime.tokenizer.state import TextRequest
@@ -21,20 +30,20 @@ from tca_runtime.tokenizer.state import TextRequest
 _DEEP_HEALTH_SECONDS = 20.0
 _STATE_SECONDS = 5.0
 _MAX_TREE_NODES = 100_000
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def info_router(context: ServerContext) -> APIRouter:
     router = APIRouter()
     manager = context.manager
     card = _model_card(context)
-    metrics = Metrics(manager)
 
-    @router.get("/health")
+    @router.get("/health", **describe("Whether the scheduler lives", text=True))
     async def health() -> Response:
         reason = manager.unhealthy()
         return Response(reason or "", 503 if reason else 200, media_type="text/plain")
 
-    @router.get("/health_generate")
+    @router.get("/health_generate", **describe("Whether a token can be generated"))
     async def health_generate(http: Request) -> Response:
         try:
             async with asyncio.timeout(_DEEP_HEALTH_SECONDS):
@@ -43,54 +52,61 @@ def info_router(context: ServerContext) -> APIRouter:
             raise RequestError("no token came in time", status=503) from None
         return Response(status_code=200)
 
-    @router.get("/metrics")
+    @router.get("/metrics", **describe("Prometheus metrics", text=True))
     async def show_metrics() -> Response:
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(context.metrics.render(), media_type=_PROMETHEUS)
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", **describe("The model", reply=ModelList))
     async def models() -> Response:
         return json_response({"object": "list", "data": [card]})
 
     # A model's name may be a path.
-    @router.get("/v1/models/{model_id:path}")
+    @router.get("/v1/models/{model_id:path}", **describe("A model", reply=ModelCard))
     async def model(model_id: str) -> Response:
         if model_id != manager.served_model_name:
             raise RequestError(f"there is no model {model_id!r}", status=404, param="model")
         return json_response(card)
 
-    @router.get("/get_model_info")
-    @router.get("/model_info")
+    about_model = describe("What the model is", reply=ModelInfo)
+
+    @router.get("/get_model_info", **about_model)
+    @router.get("/model_info", **about_model)
     async def model_info() -> Response:
         return json_response(_model_info(context))
 
-    @router.get("/get_server_info")
-    @router.get("/server_info")
+    about_server = describe("Settings and state", reply=ServerInfo)
+
+    @router.get("/get_server_info", **about_server)
+    @router.get("/server_info", **about_server)
     async def server_info() -> Response:
         return json_response(await _server_info(context))
 
-    @router.get("/tca/tree")
-    async def tree(http: Request) -> Response:
-        limit = http.query_params.get("limit")
-        args = {} if limit is None else {"limit": _tree_limit(limit)}
+    @router.get(
+        "/tca/tree",
+        **describe("The prefix tree, for people and tools", reply={"type": "object"}),
+    )
+    async def tree(
+        limit: Annotated[int | None, Query(ge=1, le=_MAX_TREE_NODES)] = None,
+    ) -> Response:
+        args = {} if limit is None else {"limit": limit}
         return json_response((await manager.control("tree", args)).payload)
 
-    @router.get("/get_load")
+    @router.get("/get_load", **describe("Load, for routers", reply=list_of(RouterLoad)))
     async def get_load() -> Response:
-        return json_response([_router_load(load_figures(manager.scheduler_state))])
+        return json_response(router_load(manager.scheduler_state))
 
-    @router.get("/v1/loads")
-    async def loads() -> Response:
-        now = datetime.now(UTC).isoformat()
-        load = {"timestamp": now, "dp_rank": 0, **load_figures(manager.scheduler_state)}
-        return json_response(
-            {
-                "timestamp": now,
-                "version": version("tca-runtime"),
-                "accelerator": manager.info.get("device"),
-                "num_accelerators": 1,
-                "loads": [load],
-            }
-        )
+    @router.get("/v1/loads", **describe("Load in detail", reply=Loads, text=True))
+    async def loads(
+        include: str | None = None, dp_rank: int | None = None, format: str | None = None
+    ) -> Response:
+        if format not in (None, "json", "prometheus"):
+            raise RequestError("format must be json or prometheus", param="format")
+        report = loads_report(manager, include, dp_rank)
+        if format == "prometheus":
+            figures = scheduler_metrics(manager.scheduler_state)
+            lines = [f'{name}{{dp_rank="0"}} {value}\n' for name, value in figures.items()]
+            return Response("".join(lines), media_type=_PROMETHEUS)
+        return json_response(report)
 
     return router
 
@@ -131,7 +147,7 @@ async def _server_info(context: ServerContext) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for group in asdict(context.config).values():
         settings |= group
-    del settings["api_key"]
+    del settings["api_key"], settings["admin_api_key"]
     try:
         state = (await manager.control("state", timeout=_STATE_SECONDS)).payload
     except RequestError:
@@ -146,19 +162,3 @@ async def _server_info(context: ServerContext) -> dict[str, Any]:
         **state,
         "internal_states": [state],
     }
-
-
-def _router_load(load: dict[str, Any]) -> dict[str, Any]:
-    waiting = load["num_waiting_reqs"]
-    return {
-        "dp_rank": 0,
-        "num_reqs": load["num_running_reqs"] + waiting,
-        "num_waiting_reqs": waiting,
-        "num_tokens": load["num_used_tokens"] + load["num_waiting_uncached_tokens"],
-    }
-
-
-def _tree_limit(text: str) -> int:
-    if len(text) > 6 or not text.isdecimal() or not 1 <= int(text) <= _MAX_TREE_NODES:
-        raise RequestError(f"limit must be an integer in [1, {_MAX_TREE_NODES}]", param="limit")
-    return int(text)

@@ -12,7 +12,10 @@ from fastapi import APIRouter, Request, Response
 
 from tca_runtime.server.context import ServerContext, json_response
 from tca_runtime.server.errors import raise_if_failed
+from tca_runtime.server.identity import cache_namespace, client_name
+from tca_runtime.server.openapi import GENERATE
 from tca_runtime.server.requests import (
+    check_batch,
     finished_outputs,
     logprob_options,
     new_rid,
@@ -20,7 +23,7 @@ from tca_runtime.server.requests import (
     prompts_of_ids,
 )
 from tca_runtime.server.sampling import build_sampling, check_int64
-from tca_runtime.server.schemas import GenerateBody, SamplingBody
+from tca_runtime.server.schemas import GenerateBody, SamplingBody, check_supported
 from tca_runtime.server.sse import event, stream_reply
 from tca_runtime.tokenizer.errors import RequestError
 from tca_runtime.tokenizer.manager import TokenizerManager
@@ -34,10 +37,11 @@ _decoder = msgspec.json.Decoder(GenerateBody)
 def native_router(context: ServerContext) -> APIRouter:
     router = APIRouter()
 
-    @router.api_route("/generate", methods=["POST", "PUT"])
+    @router.post("/generate", **GENERATE)
+    @router.put("/generate", **GENERATE)
     async def generate(http: Request) -> Response:
         body = await context.read(http, _decoder)
-        requests, is_batch = await text_requests(body, context.manager)
+        requests, is_batch = await text_requests(http, body, context.manager)
         if body.stream:
             events = _events(context.manager, requests, is_batch)
             return await stream_reply(http, events)
@@ -49,7 +53,7 @@ def native_router(context: ServerContext) -> APIRouter:
 
 
 async def text_requests(
-    body: GenerateBody, manager: TokenizerManager
+    http: Request, body: GenerateBody, manager: TokenizerManager
 ) -> tuple[list[TextRequest], bool]:
     """The requests of a body, and whether the reply is a list."""
     arrived = time.perf_counter()
@@ -61,6 +65,7 @@ async def text_requests(
     tops = _per_item("top_logprobs_num", body.top_logprobs_num, count, is_batch)
     token_ids = _token_ids_logprob(body, count, is_batch)
     extra_keys = _per_item("extra_key", body.extra_key, count, is_batch)
+    salts = _per_item("cache_salt", body.cache_salt, count, is_batch)
     rids = _rids(body, count, is_batch)
     check_int64("priority", body.priority or 0)
     requests = []
@@ -70,6 +75,7 @@ async def text_requests(
         start = starts[i]
         if start is None or start == -1:
             start = 0 if sampling.max_new_tokens == 0 else len(ids)
+        namespace = cache_namespace(extra_keys[i], salts[i])
         options = logprob_options(start, tops[i] or 0, token_ids[i], len(ids), manager.limits)
         requests.append(
             TextRequest(
@@ -78,9 +84,10 @@ async def text_requests(
                 sampling=sampling,
                 logprobs=options if wants[i] else None,
                 logprob_text=bool(body.return_text_in_logprobs),
-                extra_key=extra_keys[i] or None,
+                extra_key=namespace,
                 priority=body.priority or 0,
                 stream=bool(body.stream),
+                client=client_name(http, body.user, namespace),
                 arrived=arrived,
             )
         )
@@ -153,15 +160,13 @@ async def _events(
 
 
 def _prompts(body: GenerateBody) -> tuple[Sequence[str | list[int]], bool]:
-    if body.image_data or body.input_embeds:
-        raise RequestError("image_data and input_embeds are not supported: text models only")
+    check_supported(body)
     if (body.text is None) == (body.input_ids is None):
         raise RequestError("give either text or input_ids")
     if body.text is not None:
         if isinstance(body.text, str):
             return [body.text], False
-        if not body.text:
-            raise RequestError("text is an empty list", param="text")
+        check_batch("text", len(body.text))
         return body.text, True
     return prompts_of_ids("input_ids", body.input_ids or [])
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,6 +16,7 @@ from fastapi import APIRouter, Request, Response
 from tca_runtime.messages import LogprobOptions
 from tca_runtime.server.context import ServerContext, json_response
 from tca_runtime.server.errors import raise_if_failed
+from tca_runtime.server.identity import cache_namespace, client_name
 from tca_runtime.server.openai_common import (
     check_top_logprobs,
     envelope,
@@ -22,6 +25,8 @@ from tca_runtime.server.openai_common import (
     openai_sampling,
     usage,
 )
+from tca_runtime.server.openapi import describe
+from tca_runtime.server.replies import ChatReply
 from tca_runtime.server.requests import finished_outputs, new_rid, prompt_ids
 from tca_runtime.server.schemas import ChatBody
 from tca_runtime.server.sse import event, stream_reply
@@ -30,6 +35,9 @@ from tca_runtime.tokenizer.detokenizer import TokenTable
 from tca_runtime.tokenizer.errors import RequestError
 from tca_runtime.tokenizer.manager import TokenizerManager
 from tca_runtime.tokenizer.state import LogprobEntry, RequestState, TextRequest
+
+# Rendering more of them holds other clients up, so it goes to a thread.
+_INLINE_MESSAGES = 256
 
 _decoder = msgspec.json.Decoder(ChatBody)
 
@@ -74,10 +82,13 @@ def chat_router(context: ServerContext) -> APIRouter:
     router = APIRouter()
     table = context.manager.table
 
-    @router.post("/v1/chat/completions")
+    @router.post(
+        "/v1/chat/completions",
+        **describe("Answer a conversation", body=ChatBody, reply=ChatReply, streams=True),
+    )
     async def chat_completions(http: Request) -> Response:
         body = await context.read(http, _decoder)
-        call = await _prepare(body, context)
+        call = await _prepare(http, body, context)
         if body.stream:
             return await stream_reply(http, _events(call, context.manager))
         states = await finished_outputs(http, context.manager, [call.request])
@@ -92,16 +103,20 @@ def chat_router(context: ServerContext) -> APIRouter:
     return router
 
 
-async def _prepare(body: ChatBody, context: ServerContext) -> _Call:
+async def _prepare(http: Request, body: ChatBody, context: ServerContext) -> _Call:
     arrived = time.perf_counter()
     manager = context.manager
+    namespace = cache_namespace(body.extra_key, body.cache_salt)
     plan = plan_tools(body.tools, body.tool_choice, body.parallel_tool_calls is not False)
-    prompt = manager.chat_template.render(
+    render = partial(
+        manager.chat_template.render,
         body.messages,
         plan.offered,
         body.chat_template_kwargs,
         bool(body.continue_final_message),
     )
+    is_long = len(body.messages) > _INLINE_MESSAGES
+    prompt = await asyncio.to_thread(render) if is_long else render()
     ids = await prompt_ids(manager, prompt, add_special_tokens=False)
     max_tokens = (
         body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -113,9 +128,10 @@ async def _prepare(body: ChatBody, context: ServerContext) -> _Call:
         sampling=sampling,
         logprobs=_options(body, len(ids)),
         logprob_text=True,
-        extra_key=body.extra_key or None,
+        extra_key=namespace,
         priority=body.priority or 0,
         stream=bool(body.stream),
+        client=client_name(http, body.user, namespace),
         arrived=arrived,
     )
     include_usage = bool(body.stream_options and body.stream_options.include_usage)

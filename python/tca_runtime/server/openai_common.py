@@ -8,7 +8,13 @@ from typing import Any
 
 from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.server.sampling import build_sampling, check_int64
-from tca_runtime.server.schemas import JsonObject, OpenAIBody, ResponseFormat, SamplingBody
+from tca_runtime.server.schemas import (
+    JsonObject,
+    OpenAIBody,
+    ResponseFormat,
+    SamplingBody,
+    check_supported,
+)
 from tca_runtime.tokenizer.errors import RequestError
 from tca_runtime.tokenizer.manager import Limits
 from tca_runtime.tokenizer.state import RequestState
@@ -30,6 +36,7 @@ def openai_sampling(
     max_tokens : None for as much as fits.
     json_schema : a constraint that follows from the tools.
     """
+    check_supported(body)
     check_int64("priority", body.priority or 0)
     wanted = [s for s in (json_schema, body.json_schema, _schema_of(body.response_format)) if s]
     if len(wanted) > 1:

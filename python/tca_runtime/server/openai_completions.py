@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 from tca_runtime.messages import LogprobOptions
 from tca_runtime.server.context import ServerContext, json_response
 from tca_runtime.server.errors import raise_if_failed
+from tca_runtime.server.identity import cache_namespace, client_name
 from tca_runtime.server.openai_common import (
     check_top_logprobs,
     envelope,
@@ -22,7 +23,10 @@ from tca_runtime.server.openai_common import (
     openai_sampling,
     usage,
 )
+from tca_runtime.server.openapi import describe
+from tca_runtime.server.replies import CompletionReply
 from tca_runtime.server.requests import (
+    check_batch,
     finished_outputs,
     new_rid,
     prompt_ids,
@@ -66,10 +70,13 @@ class _Shown:
 def completions_router(context: ServerContext) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post(
+        "/v1/completions",
+        **describe("Complete texts", body=CompletionBody, reply=CompletionReply, streams=True),
+    )
     async def completions(http: Request) -> Response:
         body = await context.read(http, _decoder)
-        call = await _prepare(body, context)
+        call = await _prepare(http, body, context)
         if body.stream:
             return await stream_reply(http, _events(call, context.manager))
         states = await finished_outputs(http, context.manager, call.requests)
@@ -84,11 +91,10 @@ def completions_router(context: ServerContext) -> APIRouter:
     return router
 
 
-async def _prepare(body: CompletionBody, context: ServerContext) -> _Call:
+async def _prepare(http: Request, body: CompletionBody, context: ServerContext) -> _Call:
     arrived = time.perf_counter()
     manager = context.manager
-    if body.suffix:
-        raise RequestError("suffix is not supported", param="suffix")
+    namespace = cache_namespace(body.extra_key, body.cache_salt)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise RequestError("best_of must equal n", param="best_of")
     if body.logprobs is not None:
@@ -107,9 +113,10 @@ async def _prepare(body: CompletionBody, context: ServerContext) -> _Call:
                 sampling=sampling,
                 logprobs=_options(body, len(ids)),
                 logprob_text=True,
-                extra_key=body.extra_key or None,
+                extra_key=namespace,
                 priority=body.priority or 0,
                 stream=bool(body.stream),
+                client=client_name(http, body.user, namespace),
                 arrived=arrived,
             )
         )
@@ -131,6 +138,7 @@ def _prompts(body: CompletionBody) -> Sequence[str | list[int]]:
     if isinstance(body.prompt, str):
         return [body.prompt]
     if body.prompt and all(isinstance(item, str) for item in body.prompt):
+        check_batch("prompt", len(body.prompt))
         return [str(item) for item in body.prompt]
     return prompts_of_ids("prompt", body.prompt)[0]
 

@@ -14,12 +14,22 @@ from tca_runtime.server.errors import raise_if_failed
 from tca_runtime.server.sampling import check_token_ids
 from tca_runtime.server.sse import until_disconnect
 from tca_runtime.tokenizer.errors import RequestError
-from tca_runtime.tokenizer.manager import Limits, TokenizerManager
+from tca_runtime.tokenizer.manager import MAX_CALL_OUTPUTS, Limits, TokenizerManager
 from tca_runtime.tokenizer.state import RequestState, TextRequest
+
+# Logprobs per position, each way of asking.
+MAX_LOGPROB_IDS = 1024
 
 
 def new_rid() -> str:
     return uuid.uuid4().hex
+
+
+def check_batch(name: str, count: int) -> None:
+    """Refuse a batch before its prompts are tokenised."""
+    if not 0 < count <= MAX_CALL_OUTPUTS:
+        text = f"{name} has {count} prompts, the limit is {MAX_CALL_OUTPUTS}"
+        raise RequestError(text if count else f"{name} is empty", param=name)
 
 
 def prompts_of_ids(name: str, ids: Sequence[Any]) -> tuple[list[list[int]], bool]:
@@ -27,6 +37,7 @@ def prompts_of_ids(name: str, ids: Sequence[Any]) -> tuple[list[list[int]], bool
     if not ids:
         raise RequestError(f"{name} is empty", param=name)
     if all(isinstance(item, list) for item in ids):
+        check_batch(name, len(ids))
         return list(ids), True
     if all(isinstance(item, int) for item in ids):
         return [list(ids)], False
@@ -44,6 +55,12 @@ async def prompt_ids(
         If it is empty, longer than the context, or has ids that the model does not know.
     """
     if isinstance(prompt, str):
+        # Text that cannot fit is not worth the time that tokenising it would take.
+        if len(prompt) > manager.limits.context_length * manager.encoder.characters_per_token:
+            raise RequestError(
+                f"the prompt has {len(prompt)} characters, which the context length of "
+                f"{manager.limits.context_length} tokens cannot hold"
+            )
         ids = await manager.encoder.encode(prompt, add_special_tokens)
     else:
         ids = prompt
@@ -67,10 +84,15 @@ def logprob_options(
             f"logprob_start_len must be in [-1, {prompt_tokens}], the prompt's length, got {start}",
             param="logprob_start_len",
         )
-    if not 0 <= top_k <= limits.vocab_size:
+    most = min(limits.vocab_size, MAX_LOGPROB_IDS)
+    if not 0 <= top_k <= most:
         raise RequestError(
-            f"top_logprobs_num must be in [0, {limits.vocab_size}], got {top_k}",
-            param="top_logprobs_num",
+            f"top_logprobs_num must be in [0, {most}], got {top_k}", param="top_logprobs_num"
+        )
+    if len(token_ids) > MAX_LOGPROB_IDS:
+        raise RequestError(
+            f"token_ids_logprob has {len(token_ids)} ids, the limit is {MAX_LOGPROB_IDS}",
+            param="token_ids_logprob",
         )
     check_token_ids("token_ids_logprob", token_ids, limits)
     return LogprobOptions(start=start, top_k=top_k, token_ids=tuple(token_ids))

@@ -9,14 +9,15 @@ from typing import Any
 import msgspec
 
 from tca_runtime.sampling_params import Grammar, SamplingParams
-from tca_runtime.server.schemas import JsonObject, SamplingBody
+from tca_runtime.server.schemas import JsonObject, SamplingBody, check_supported
 from tca_runtime.tokenizer.errors import RequestError
 from tca_runtime.tokenizer.manager import Limits
 from tca_runtime.tokenizer.stops import MAX_STOPS
 
 MAX_SAMPLES = 128
-MAX_STOP_LENGTH = 1 << 14
-MAX_GRAMMAR_LENGTH = 1 << 20
+MAX_STOP_IDS = 1024
+MAX_STOP_LENGTH = 1 << 12
+MAX_GRAMMAR_LENGTH = 1 << 18
 _MAX_NESTING = 64
 _INT64 = range(-(2**63), 2**63)
 _DEFAULTS = SamplingParams()
@@ -30,9 +31,18 @@ def build_sampling(body: SamplingBody, prompt_tokens: int, limits: Limits) -> Sa
     RequestError
         400 with the name of the field that is out of range.
     """
+    check_supported(body)
+    if body.beam_width is not None and body.beam_width > 1:
+        raise RequestError("beam search is not supported", param="beam_width")
     max_new_tokens, min_new_tokens = _lengths(body, prompt_tokens, limits)
     stop_token_ids = tuple(i for i in body.stop_token_ids or () if i is not None)
     check_token_ids("stop_token_ids", stop_token_ids, limits)
+    _require(
+        len(stop_token_ids) <= MAX_STOP_IDS,
+        "stop_token_ids",
+        f"at most {MAX_STOP_IDS} ids",
+        len(stop_token_ids),
+    )
     logit_bias = body.logit_bias or {}
     check_token_ids("logit_bias", logit_bias, limits)
     _check_nesting("custom_params", body.custom_params)
@@ -51,7 +61,6 @@ def build_sampling(body: SamplingBody, prompt_tokens: int, limits: Limits) -> Sa
         stop_regex=_stops("stop_regex", body.stop_regex),
         ignore_eos=bool(body.ignore_eos),
         skip_special_tokens=_flag(body.skip_special_tokens, True),
-        spaces_between_special_tokens=_flag(body.spaces_between_special_tokens, True),
         no_stop_trim=bool(body.no_stop_trim),
         logit_bias=logit_bias,
         n=_sample_count(body.n),

@@ -6,7 +6,7 @@ lone surrogates and bottomless nesting.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from fastapi import Request
@@ -33,7 +33,6 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     stop_regex: str | list[str] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
     logit_bias: dict[int, float] | None = None
     n: int | None = None
@@ -43,6 +42,11 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     regex: str | None = None
     ebnf: str | None = None
     custom_params: JsonObject | None = None
+    structural_tag: Any = None
+    beam_width: int | None = None
+    watermark: Any = None
+
+    UNSUPPORTED: ClassVar = ("structural_tag", "watermark")
 
 
 class GenerateBody(msgspec.Struct, kw_only=True):
@@ -59,9 +63,34 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     rid: str | list[str] | None = None
     extra_key: str | list[str | None] | None = None
+    cache_salt: str | list[str | None] | None = None
     priority: int | None = None
+    user: str | None = None
     image_data: Any = None
+    video_data: Any = None
+    audio_data: Any = None
     input_embeds: Any = None
+    lora_path: Any = None
+    lora_id: Any = None
+    session_id: Any = None
+    session_params: Any = None
+    custom_logit_processor: Any = None
+    watermark: Any = None
+    return_hidden_states: Any = None
+
+    UNSUPPORTED: ClassVar = (
+        "image_data",
+        "video_data",
+        "audio_data",
+        "input_embeds",
+        "lora_path",
+        "lora_id",
+        "session_id",
+        "session_params",
+        "custom_logit_processor",
+        "watermark",
+        "return_hidden_states",
+    )
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -113,8 +142,25 @@ class OpenAIBody(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     custom_params: JsonObject | None = None
     extra_key: str | None = None
+    cache_salt: str | None = None
     rid: str | None = None
     priority: int | None = None
+    user: str | None = None
+    lora_path: Any = None
+    session_id: Any = None
+    session_params: Any = None
+    custom_logit_processor: Any = None
+    watermark: Any = None
+    return_hidden_states: Any = None
+
+    UNSUPPORTED: ClassVar[tuple[str, ...]] = (
+        "lora_path",
+        "session_id",
+        "session_params",
+        "custom_logit_processor",
+        "watermark",
+        "return_hidden_states",
+    )
 
 
 class CompletionBody(OpenAIBody, kw_only=True):
@@ -125,6 +171,8 @@ class CompletionBody(OpenAIBody, kw_only=True):
     echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None
+
+    UNSUPPORTED: ClassVar = (*OpenAIBody.UNSUPPORTED, "suffix")
 
 
 class ChatBody(OpenAIBody, kw_only=True):
@@ -139,6 +187,20 @@ class ChatBody(OpenAIBody, kw_only=True):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: JsonObject | None = None
     continue_final_message: bool | None = None
+    input_ids: Any = None
+    audio: Any = None
+    functions: Any = None
+    function_call: Any = None
+    web_search_options: Any = None
+
+    UNSUPPORTED: ClassVar = (
+        *OpenAIBody.UNSUPPORTED,
+        "input_ids",
+        "audio",
+        "functions",
+        "function_call",
+        "web_search_options",
+    )
 
 
 class AbortBody(msgspec.Struct, kw_only=True):
@@ -149,13 +211,27 @@ class AbortBody(msgspec.Struct, kw_only=True):
 
 
 class ProfileBody(msgspec.Struct, kw_only=True):
-    """``/start_profile``; the scheduler reads what it knows."""
+    """``/start_profile``: where below --profile-dir to write, and when to stop by itself."""
 
     output_dir: str | None = None
     num_steps: int | None = None
 
 
 Body = TypeVar("Body", bound=msgspec.Struct)
+
+
+def check_supported(body: SamplingBody | GenerateBody | OpenAIBody) -> None:
+    """Refuse what would change the answer if it were not ignored; empty values ask for nothing.
+
+    Raises
+    ------
+    RequestError
+        Naming the field.
+    """
+    for name in body.UNSUPPORTED:
+        value = getattr(body, name)
+        if any(value) if isinstance(value, list) else value:
+            raise RequestError(f"{name} is not supported", param=name)
 
 
 async def read_body(request: Request, limit: int) -> bytes:

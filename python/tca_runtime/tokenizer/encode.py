@@ -8,16 +8,25 @@ from transformers import PreTrainedTokenizerFast
 
 # Below this the encoding is cheaper than a hop to another thread and back.
 _INLINE_CHARACTERS = 4096
+# Normalisation may compose characters before tokens are looked for.
+_SHRINKING = 4
 
 
 class Encoder:
-    """Tokenises prompts; special tokens written out in the text become their ids."""
+    """Tokenises prompts; special tokens written out in the text become their ids.
+
+    Attributes
+    ----------
+    characters_per_token : no token stands for more text than this
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._backend = tokenizer.backend_tokenizer
         # A tokenizer file may carry its training's truncation; a prompt must never be cut silently.
         self._backend.no_truncation()
         self._backend.no_padding()
+        longest = max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
+        self.characters_per_token = longest * _SHRINKING
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; ``add_special_tokens`` adds BOS where the tokenizer does so."""

@@ -33,6 +33,7 @@ class TextRequest:
     extra_key: str | None = None
     priority: int = 0
     stream: bool = False
+    client: str = ""
     arrived: float = field(default_factory=time.perf_counter)
 
 
@@ -63,6 +64,8 @@ class RequestState:
     text : the final text so far; it only ever grows.
     output_ids : tokens so far, a stop token included.
     text_tokens : how many of them belong to the text.
+    queue_seconds : how long it waited for admission.
+    created, first_token, finished : when, by ``time.perf_counter``; 0.0 before.
     finish : set once, with the last change.
     """
 
@@ -85,7 +88,10 @@ class RequestState:
         self.logprobs = Logprobs()
         self.cached_tokens = 0
         self.num_retractions = 0
+        self.queue_seconds = 0.0
+        self.first_token = 0.0
         self.tca: dict[str, Any] | None = None
+        self.created = time.perf_counter()
         self.finished = 0.0
         self.updated = False
         self._changed = changed
@@ -118,6 +124,9 @@ class RequestState:
         """
         self.cached_tokens = output.cached_tokens
         self.num_retractions = output.num_retractions
+        self.queue_seconds = output.queue_seconds
+        if output.token_ids and not self.output_ids:
+            self.first_token = time.perf_counter()
         self.tca = output.tca or self.tca
         pieces: list[str] = []
         stop_token = _stop_token(output)

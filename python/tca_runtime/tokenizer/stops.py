@@ -7,18 +7,38 @@ result nor what may be shown early depends on how the text was cut into pieces.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import lru_cache
 from time import perf_counter
 
 import regex
 
+from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.tokenizer.errors import RequestError
 
 MAX_STOPS = 32
+# Compiling a pattern of this length takes 10 ms at most, whatever it says.
 MAX_PATTERN_LENGTH = 256
+# Of one call with all its prompts: they are prepared while other clients wait.
+MAX_CALL_PATTERNS = 32
+MAX_CALL_STOP_CHARACTERS = 1 << 18
 
 # A pattern may use this much time per character, saved up to the limit. Typical ones need 1 %.
 _SECONDS_PER_CHARACTER = 200e-6
 _MAX_SECONDS = 0.1
+
+
+@lru_cache(maxsize=1024)
+def _borders(stop: str) -> tuple[int, ...]:
+    """Per prefix, the length of its longest proper prefix that also ends it."""
+    shorter = [0] * len(stop)
+    length = 0
+    for i in range(1, len(stop)):
+        while length and stop[i] != stop[length]:
+            length = shorter[length - 1]
+        length += stop[i] == stop[length]
+        shorter[i] = length
+    return tuple(shorter)
 
 
 class _StopString:
@@ -27,13 +47,7 @@ class _StopString:
     def __init__(self, stop: str) -> None:
         self.stop = stop
         self.held = 0
-        self._shorter = [0] * len(stop)
-        length = 0
-        for i in range(1, len(stop)):
-            while length and stop[i] != stop[length]:
-                length = self._shorter[length - 1]
-            length += stop[i] == stop[length]
-            self._shorter[i] = length
+        self._shorter = _borders(stop)
 
     def advance(self, text: str, end: int) -> int | None:
         char = text[end - 1]
@@ -148,6 +162,27 @@ class StopChecker:
         piece = self._text[self._released : end]
         self._released = max(self._released, end)
         return piece
+
+
+def check_call(samplings: Iterable[SamplingParams]) -> None:
+    """Refuse a call whose stops, each within its limits, are too many together.
+
+    Raises
+    ------
+    RequestError
+        Naming the limit.
+    """
+    strings: set[str] = set()
+    patterns: set[str] = set()
+    for sampling in samplings:
+        strings.update(sampling.stop)
+        patterns.update(sampling.stop_regex)
+    if sum(map(len, strings)) > MAX_CALL_STOP_CHARACTERS:
+        text = f"a call may have {MAX_CALL_STOP_CHARACTERS} characters of stop strings at most"
+        raise RequestError(text, param="stop")
+    if len(patterns) > MAX_CALL_PATTERNS:
+        text = f"a call may have {MAX_CALL_PATTERNS} different stop patterns at most"
+        raise RequestError(text, param="stop_regex")
 
 
 def compile_patterns(sources: tuple[str, ...]) -> dict[str, regex.Pattern[str]]:

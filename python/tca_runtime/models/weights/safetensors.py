@@ -14,6 +14,7 @@ from tca_runtime.models.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Others are quantised: without their scales the numbers mean nothing.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,7 +38,7 @@ class SafetensorsSource:
             path = directory / _SINGLE
             self._files = dict.fromkeys(self._handle(path).keys(), path)
         else:
-            raise ModelError(f"{directory}: expected {_SINGLE} or {_INDEX} there, found neither")
+            raise ModelError(f"{directory}: {_nothing_safe(directory)}")
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         path = self._files.get(name)
@@ -65,6 +66,18 @@ class SafetensorsSource:
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
         return self._open_files[path]
+
+
+def _nothing_safe(directory: Path) -> str:
+    """Why there are no weights to read."""
+    expected = f"expected {_SINGLE} or {_INDEX} there, found neither"
+    pickled = [p.name for p in sorted(directory.iterdir()) if p.suffix in _PICKLED]
+    if not pickled:
+        return expected
+    return (
+        f"{pickled[0]} is a pickle, which can run any code when it is loaded, so it is refused; "
+        "convert it to safetensors, for example with save_pretrained of transformers"
+    )
 
 
 def _read_index(path: Path) -> dict[str, Path]:

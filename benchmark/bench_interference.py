@@ -1,0 +1,180 @@
+"""How much do long prompts that arrive slow running streams down?
+
+Starts our server, lets streams decode undisturbed, then sends one long prompt after another, and
+compares the gaps between the pieces of text that the streams receive. Each ``--flags`` is a case of
+its own. Run from the root of the repository: ``python -m benchmark.bench_interference --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from benchmark.server_process import running_server
+from benchmark.serving.client import generate, open_http
+from benchmark.serving.metrics import RequestResult
+
+# Token ids of prompts: below any model's vocabulary, above its special ids.
+TOKEN_IDS = range(20, 250)
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Milliseconds between pieces of text, over all streams."""
+
+    count: int
+    p50_ms: float
+    p99_ms: float
+    max_ms: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One server. ``ratio`` is of the two 99th percentiles, with long prompts to without."""
+
+    flags: str
+    quiet: Gaps
+    busy: Gaps
+    ratio: float
+    long_prompts: int
+    long_ttft_s: float
+    prefill_tokens_per_s: float
+    errors: list[str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all cases; the exit status is 1 if a request failed."""
+    args = _parser().parse_args(argv)
+    cases = []
+    for flags in args.flags or [""]:
+        server_flags = ["--model-path", args.model, *flags.split()]
+        with running_server(server_flags) as server:
+            case = asyncio.run(_measure(server.url, flags, args))
+        cases.append(case)
+        print(_line(case), flush=True)
+    if args.output:
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        content = {"settings": settings, "cases": [asdict(case) for case in cases]}
+        args.output.write_text(json.dumps(content, indent=1) + "\n")
+    return 1 if any(case.errors for case in cases) else 0
+
+
+def _line(case: Case) -> str:
+    return (
+        f"{case.flags or '(defaults)'}: p50 {case.quiet.p50_ms:.1f} -> {case.busy.p50_ms:.1f} ms, "
+        f"p99 {case.quiet.p99_ms:.1f} -> {case.busy.p99_ms:.1f} ms, ratio {case.ratio:.2f}, "
+        f"{case.long_prompts} long prompts, {case.prefill_tokens_per_s:.0f} prompt tokens/s"
+    )
+
+
+async def _measure(url: str, flags: str, args: argparse.Namespace) -> Case:
+    draw = random.Random(args.seed)
+    async with open_http(600) as http:
+        streams = [
+            asyncio.create_task(_run(http, url, _prompt(draw, args.stream_prompt), args.stream_len))
+            for _ in range(args.streams)
+        ]
+        await _all_started(http, url, args.streams)
+        await asyncio.sleep(args.settle)
+        quiet_begin = time.perf_counter()
+        await asyncio.sleep(args.quiet)
+        busy_begin = time.perf_counter()
+        long: list[RequestResult] = []
+        while time.perf_counter() - busy_begin < args.busy:
+            long.append(await _run(http, url, _prompt(draw, args.long_prompt), 1))
+        busy_end = time.perf_counter()
+        if any(stream.done() for stream in streams):
+            raise SystemExit("error: a stream ended too soon; raise --stream-len")
+        await _abort_all(http, url)
+        results = await asyncio.gather(*streams)
+    quiet = _gaps(results, quiet_begin, busy_begin)
+    busy = _gaps(results, busy_begin, busy_end)
+    return Case(
+        flags=flags,
+        quiet=quiet,
+        busy=busy,
+        ratio=busy.p99_ms / quiet.p99_ms,
+        long_prompts=len(long),
+        long_ttft_s=float(np.mean([result.e2e for result in long])),
+        prefill_tokens_per_s=len(long) * args.long_prompt / (busy_end - busy_begin),
+        errors=[r.error for r in [*results, *long] if r.error],
+    )
+
+
+def _prompt(draw: random.Random, length: int) -> list[int]:
+    return draw.choices(TOKEN_IDS, k=length)
+
+
+async def _run(
+    http: aiohttp.ClientSession, url: str, prompt: Sequence[int], max_new_tokens: int
+) -> RequestResult:
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": 0.8, "ignore_eos": True}
+    return await generate(http, url, prompt, sampling)
+
+
+async def _all_started(http: aiohttp.ClientSession, url: str, streams: int) -> None:
+    """Wait until every stream decodes: nothing waits, no prompt is being computed."""
+    deadline = time.monotonic() + 120
+    generated = -1.0
+    while time.monotonic() < deadline:
+        async with http.get(url + "/server_info") as response:
+            state: dict[str, Any] = await response.json()
+        prefilling = state["prompt_tokens_total"] != generated
+        generated = state["prompt_tokens_total"]
+        if state["num_running_reqs"] == streams and not prefilling:
+            return
+        await asyncio.sleep(1.0)
+    raise SystemExit("error: the streams did not start in time")
+
+
+async def _abort_all(http: aiohttp.ClientSession, url: str) -> None:
+    async with http.post(url + "/abort_request", json={"abort_all": True}) as response:
+        response.raise_for_status()
+
+
+def _gaps(results: Sequence[RequestResult], begin: float, end: float) -> Gaps:
+    """Of the pieces that arrived in a period."""
+    gaps = [
+        (later - earlier) * 1000
+        for result in results
+        for earlier, later in pairwise(result.text_times)
+        if begin <= later < end
+    ]
+    p50, p99 = np.percentile(gaps, [50, 99]).tolist()
+    return Gaps(len(gaps), p50, p99, max(gaps))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.bench_interference",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="model to serve")
+    parser.add_argument("--flags", action="append", help="server flags of a case, in one string")
+    parser.add_argument("--streams", type=int, default=32, help="requests that decode")
+    parser.add_argument("--stream-prompt", type=int, default=64, help="their prompts' tokens")
+    parser.add_argument("--stream-len", type=int, default=4000, help="tokens they may generate")
+    parser.add_argument("--long-prompt", type=int, default=7000, help="tokens of a long prompt")
+    parser.add_argument("--settle", type=float, default=3, help="unmeasured seconds at first")
+    parser.add_argument("--quiet", type=float, default=12, help="seconds without long prompts")
+    parser.add_argument("--busy", type=float, default=25, help="seconds with them, at least")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,14 +7,13 @@ import os
 import pickle
 import stat
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tca_runtime import launch_server
 from tca_runtime.config import ModelArgs, RuntimeConfig
+from tca_runtime.launch_server import socket_directory
 from tca_runtime.models.errors import ModelError
 from tca_runtime.models.loader import load_model
 from tca_runtime.tokenizer.loading import load_tokenizer
@@ -94,28 +93,15 @@ def test_code_beside_a_tokenizer_is_not_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_sockets_are_in_a_directory_of_this_user_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen: list[tuple[int, int]] = []
-    real = launch_server.tempfile.mkdtemp
-
-    def watched(**kwargs: Any) -> str:
-        directory: str = real(**kwargs)
-        found = os.stat(directory)
-        seen.append((stat.S_IMODE(found.st_mode), found.st_uid))
-        return directory
-
+def test_sockets_are_in_a_directory_of_this_user_alone() -> None:
     old = os.umask(0)
     try:
-        fake = SimpleNamespace(mkdtemp=watched)
-        monkeypatch.setattr(launch_server, "tempfile", fake)
-        # The port cannot be had, so that the start ends there.
-        assert launch_server.main(["--host", "192.0.2.1", "--port", "1"]) == 1
+        with socket_directory() as directory:
+            found = directory.stat()
+            assert (stat.S_IMODE(found.st_mode), found.st_uid) == (0o700, os.getuid())
     finally:
         os.umask(old)
-    assert seen == [(0o700, os.getuid())]
-    assert "cannot listen" in capsys.readouterr().err
+    assert not directory.exists()
 
 
 def test_the_default_is_this_machine_only() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tca_runtime.cache.manager import CacheManager
-from tca_runtime.cache.slot_pool import SlotPool
+from tca_runtime.cache.slot_pool import Event, SlotPool
 from tca_runtime.cache.views import ViewTable
 from tca_runtime.config import RuntimeConfig, SchedulerArgs
 from tca_runtime.engine.step import PositionLogprobs, StepInput, StepOutput
@@ -168,9 +168,9 @@ class FakeEngine:
         self.deepest = 0
         free = pool.free
 
-        def poison_and_free(slots: Tensor) -> None:
+        def poison_and_free(slots: Tensor, after: Event | None = None) -> None:
             pool.kv[slots.reshape(-1).long()] = -1.0
-            free(slots)
+            free(slots, after)
 
         pool.free = poison_and_free  # type: ignore[method-assign]
 

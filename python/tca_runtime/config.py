@@ -137,7 +137,7 @@ class ServerArgs:
         None, "bearer token that clients must send; several are separated by commas"
     )
     admin_api_key: str | None = _option(
-        None, "bearer token for flush_cache, abort_request and profiling"
+        None, "bearer token for flush_cache, abort_request, profiling and tca/tree"
     )
     log_level: str = _option("info", "verbosity", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "log lines", choices=("text", "json"))

@@ -47,6 +47,7 @@ OPERATIONS = [
     ("get", "/model_info"),
     ("get", "/get_server_info"),
     ("get", "/server_info"),
+    ("get", "/tca/tree"),
     ("get", "/get_load"),
     ("get", "/v1/loads"),
 ]
@@ -71,7 +72,7 @@ MODES += [
     (method, path, GenerationMode.NEGATIVE)
     for method, path in OPERATIONS
     if (method in ("post", "put") and path not in ("/flush_cache", "/stop_profile"))
-    or path == "/v1/loads"
+    or path in ("/v1/loads", "/tca/tree")
 ]
 
 

@@ -12,8 +12,10 @@ from tca_runtime.server.errors import error_response
 
 # Probes and scrapers come without a key.
 OPEN_PATHS = frozenset({"/health", "/health_generate", "/metrics"})
-# They act on other clients' requests, or write files.
-ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request", "/start_profile", "/stop_profile"})
+# They act on other clients' requests, show what these have cached, or write files.
+ADMIN_PATHS = frozenset(
+    {"/flush_cache", "/abort_request", "/start_profile", "/stop_profile", "/tca/tree"}
+)
 
 
 class ApiKeyMiddleware:

@@ -62,7 +62,9 @@ class SchedulerArgs:
     request_timeout: float = _option(
         3600.0, "seconds a request may take, waiting included, before 504; 0 is no limit"
     )
-    chunked_prefill_size: int = _option(2048, "prompt tokens computed per step at most")
+    chunked_prefill_size: int | None = _option(
+        None, "prompt tokens computed per step at most; default 8192 on a GPU, 2048 on the CPU"
+    )
     max_decode_slowdown: float = _option(
         2.5,
         "how much longer than a decode step a step may take that also computes part of a prompt; "
@@ -76,6 +78,10 @@ class SchedulerArgs:
         False, "on a GPU, plan a step only when the tokens of the one before it are known"
     )
     random_seed: int | None = _option(None, "seed of the seeds drawn for unseeded requests")
+
+    def chunk_on(self, device: str) -> int:
+        """Prompt tokens per step on a kind of device."""
+        return self.chunked_prefill_size or (8192 if device == "cuda" else 2048)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 from tca_runtime.sparsity.settings import ModelIdentity, SparsitySettings
 
+# Tokens of a sample that share a prefill view. Samples must be longer: the first has no past.
+CHUNK = 2048
+
 
 class CalibrationError(ValueError):
     """Settings that do not go together; the message says which."""
@@ -47,7 +50,7 @@ class Calibrator:
             raise CalibrationError(f"--length {length} is more than the model's context {longest}")
         shape = self.engine.shape
         everything = BudgetTable.uniform(1.0, shape.num_layers, shape.num_kv_heads)
-        self.settings = SparsitySettings(TCAPolicy(), everything, everything)
+        self.settings = SparsitySettings(TCAPolicy(), everything, everything, granularity=CHUNK)
         self.grid = Grid.build(self.settings.block)
         self.identity = ModelIdentity(
             self.engine.model.fingerprint(), shape.num_layers, shape.num_kv_heads, shape.head_dim

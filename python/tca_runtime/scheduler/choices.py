@@ -59,7 +59,7 @@ def choices(config: RuntimeConfig, engine: Engine) -> dict[str, tuple[str, str]]
         "threads": (str(torch.get_num_threads()), "OMP_NUM_THREADS, or the cores of the machine"),
         "batches": (
             f"at most {config.scheduler.max_running_requests} requests and "
-            f"{config.scheduler.chunked_prefill_size} prompt tokens per step",
+            f"{config.scheduler.chunk_on(engine.device.type)} prompt tokens per step",
             "--max-running-requests, --chunked-prefill-size, less while requests decode: "
             f"--max-decode-slowdown {config.scheduler.max_decode_slowdown:g}",
         ),

@@ -21,8 +21,8 @@ class PrefillPace:
     tokens, nor does it follow from that of steps of another kind.
     """
 
-    def __init__(self, args: SchedulerArgs) -> None:
-        self._largest = args.chunked_prefill_size
+    def __init__(self, args: SchedulerArgs, device: str = "cpu") -> None:
+        self._largest = args.chunk_on(device)
         self._slowdown = args.max_decode_slowdown
         self._budget = float(min(MIN_CHUNK, self._largest))
         self._decode_seconds: float | None = None

@@ -66,7 +66,9 @@ class StepPlanner:
     def __init__(self, args: SchedulerArgs, cache: CacheManager) -> None:
         self._args = args
         self._cache = cache
-        self.pace = PrefillPace(args)
+        device = cache.pool.kv.device.type
+        self._chunk = args.chunk_on(device)
+        self.pace = PrefillPace(args, device)
         self.waiting = WaitingQueue(args.schedule_policy)
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
@@ -168,7 +170,7 @@ class StepPlanner:
         begin = request.sequence.computed
         count = min(request.missing, budget, self._cache.available_tokens)
         if request.chunk_quantum is not None:
-            quantum = min(request.chunk_quantum, self._args.chunked_prefill_size)
+            quantum = min(request.chunk_quantum, self._chunk)
             whole = min(request.missing, quantum - begin % quantum)
             # It cannot be cut, so the first one of a step may exceed the budget.
             room = count if chunks else min(whole, self._cache.available_tokens)

@@ -118,7 +118,8 @@ class SparsitySettings:
         block, so candidates are whole blocks
     probes : latest queries that score (1 is the paper)
     min_candidates : below this many droppable tokens everything is kept
-    granularity : a chunk is split so that this many queries at most share a selection
+    granularity : a chunk is split so that this many queries at most share a selection; longer runs
+        drop less, because a run sees all of itself, and cost fewer selections (docs/quality.md)
     refresh : generated tokens after which a decode view is selected anew
     """
 
@@ -128,7 +129,7 @@ class SparsitySettings:
     window: int = 512
     probes: int = 32
     min_candidates: int = 512
-    granularity: int = 2048
+    granularity: int = 4096
     refresh: int = 1024
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tca_runtime.config import CacheArgs, ModelArgs, RuntimeConfig, SchedulerArg
 from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 from tca_runtime.sparsity.settings import SparsitySettings
+from tca_runtime.tokenizer.byte_tokenizer import byte_tokenizer
 from tests.gpu.tiny import write_model
 
 
@@ -195,3 +197,35 @@ def test_calibration_figures_compare_with_the_baseline() -> None:
     by_name = {f.name: f for f in found}
     assert by_name["decode 10% uniform"].value == pytest.approx(0.3)
     assert "/uniform 0.50 [0.50, 0.50]" in by_name["decode 10% mass"].detail
+
+
+@pytest.mark.slow
+def test_every_needle_experiment_runs(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("benchmark.figures.RESULTS", tmp_path)
+    tokenizer = byte_tokenizer()
+    monkeypatch.setattr(bench_needles, "load_tokenizer", lambda args: tokenizer)
+    flags = ["--model", str(write_model(tmp_path / "m")), "--device", "cpu", "--name", "tiny"]
+    flags += ["--books", str(shelf), "--documents", "3", "--tokens", "2400", "--host-gib", "0.1"]
+    flags += ["--tca-config", "uniform:0.15,0.28"]
+    assert bench_needles.main(flags) == 0
+    saved = json.loads((tmp_path / "needles_tiny.json").read_text())
+    measured = saved["raw"]
+    assert {name: len(rows) for name, rows in measured.items()} == {
+        "full-second": 3,
+        "one-user": 6,
+        "two-users": 12,
+        "pressure-host": 3,
+        "pressure": 3,
+        "memory": 3,
+    }
+    # A second question finds its document, whatever became of it in between.
+    for name in ("pressure-host", "pressure"):
+        assert all(row["cached_tokens"] > 2000 for row in measured[name])
+    assert measured["pressure-host"][-1]["promoted"] > 0 == measured["pressure-host"][-1]["pruned"]
+    assert measured["pressure"][-1]["pruned"] > 0
+    # What is finished is not measured again.
+    monkeypatch.setattr(bench_needles, "rows_of", None)
+    assert bench_needles.main(flags) == 0

@@ -32,7 +32,10 @@ class Line:
         self.outbox = Outbox(self.context, address, self.aborted.append, max_bytes=1000)
 
     def arrived(self) -> list[ToTokenizer]:
-        return list(self._inbox.drain(500))
+        messages: list[ToTokenizer] = []
+        while batch := list(self._inbox.drain(500)):
+            messages += batch
+        return messages
 
 
 @pytest.fixture

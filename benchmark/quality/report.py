@@ -234,7 +234,7 @@ def errors(directory: Path) -> str:
                 fields = ("error", "diameter", "theorem", "worst_ratio", "accumulated")
                 row = [found["model"], f"`{config}`", str(number)]
                 row.append(f"{100 * layer['dropped_mass']:.2f}")
-                lines.append([*row, *(f"{layer[field]:.3f}" for field in fields)])
+                lines.append([*row, *(_number(layer.get(field), 3) for field in fields)])
     if len(lines) == 2:
         return NOTHING
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -161,7 +161,7 @@ def test_a_plan_runs_within_its_time(
     command = ["--plan", str(file), "--model", "m/tiny", "--data", str(tmp_path)]
     command += ["--output", str(tmp_path / "r.jsonl"), "--tokens", "6000"]
     plan.run(parser.parse_args([*command, "--minutes", "-1"]))
-    assert not (tmp_path / "r.jsonl").exists()
+    assert [r["kind"] for r in read(tmp_path / "r.jsonl")] == ["run"]
     plan.run(parser.parse_args(command))
     found = [r for r in read(tmp_path / "r.jsonl") if r["kind"] == "answer"]
     assert [(r["model"], r["config"]) for r in found] == [

@@ -304,7 +304,9 @@ def test_no_more_queries_than_the_granularity_share_a_selection(
 
     monkeypatch.setattr(server.engine.cache, "extend", recording)
     server.ask(prompt(1, 5000), 1)
-    assert sizes == [2048, 2048, 904]
+    assert server.engine.sparsity is not None
+    shared = server.engine.sparsity.granularity
+    assert shared == 4096 and sizes == [shared, 5000 - shared]
     sizes.clear()
     server.ask(prompt(2, 5000), 1, tca=False)
     assert sizes == [5000]

@@ -178,7 +178,7 @@ def test_bounds_hold_in_every_layer_and_head(
     keep = view.keep.view(keep.shape)
     of_probes = check(forcing.errors(prompt, TOKENS, keep))
     # Replies report just this.
-    assert view.report["dropped_mass"] == pytest.approx(of_probes, rel=1e-3)
+    assert float(view.dropped_mass) == pytest.approx(of_probes, rel=1e-3)
 
     forcing.log_probs(prompt, tokens[TOKENS:], view)
     later = torch.nn.functional.pad(keep, (0, FOLLOWING), value=True)

@@ -229,7 +229,7 @@ async def _running(http: aiohttp.ClientSession, url: str) -> int:
 async def _served(http: aiohttp.ClientSession, url: str) -> int:
     async with http.get(url + "/metrics") as response:
         text = await response.text()
-    (count,) = re.findall(r"^tca:num_requests_total\{[^}]*\} ([\d.]+)", text, re.MULTILINE)
+    (count,) = re.findall(r"^sglang:num_requests_total\{[^}]*\} ([\d.]+)", text, re.MULTILINE)
     return int(float(count))
 
 

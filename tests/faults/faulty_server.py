@@ -16,7 +16,7 @@ from typing import Any
 from tca_runtime import launch_server
 from tca_runtime.engine.engine import Engine
 
-_run = Engine.run
+_launch = Engine.launch
 _trigger = Path(os.environ["HANG_FILE"])
 
 
@@ -27,14 +27,14 @@ def hang_here() -> None:
         sleep(600)
 
 
-def run(self: Engine, step: Any) -> Any:
+def launch(self: Engine, step: Any) -> Any:
     if _trigger.exists():
         _trigger.unlink()
         hang_here()
-    return _run(self, step)
+    return _launch(self, step)
 
 
-Engine.run = run  # type: ignore[method-assign, assignment]
+Engine.launch = launch  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     sys.exit(launch_server.main(sys.argv[2:]))

@@ -268,8 +268,11 @@ def test_devices_draw_the_same_tokens() -> None:
     n = 256
     logits = random_logits(n, vocab=5000)
     params: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.8}, {"min_p": 0.1}]
-    rows = [make_row(seed, **params[seed % 4]) for seed in range(n)]
-    on_cpu = Sampler(5000, CPU).sample(logits, rows)
-    on_gpu = Sampler(5000, torch.device("cuda")).sample(logits.cuda(), rows).cpu()
+
+    def rows() -> list[RowSampling]:
+        return [make_row(seed, **params[seed % 4]) for seed in range(n)]
+
+    on_cpu = Sampler(5000, CPU).sample(logits, rows())
+    on_gpu = Sampler(5000, torch.device("cuda")).sample(logits.cuda(), rows()).cpu()
     # Only draws that nearly tie may differ.
     assert (on_cpu != on_gpu).sum() <= 1

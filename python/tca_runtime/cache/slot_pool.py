@@ -70,7 +70,8 @@ class SlotPool:
         self._settle(count)
         self._height -= count
         slots = self._stack[self._height : self._height + count].flip(0)
-        self.importance[slots] = 0
+        # Assigning a number through an index would make the host wait for the device.
+        self.importance.index_fill_(0, slots.long(), 0)
         return slots
 
     def free(self, slots: Tensor, after: Event | None = None) -> None:

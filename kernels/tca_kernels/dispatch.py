@@ -54,7 +54,7 @@ def cdiv(a: int, b: int) -> int:
 
 def upload(table: Tensor, device: torch.device) -> Tensor:
     """Copy a small host table to the device without waiting for the device."""
-    if device.type == "cuda":
+    if device.type == "cuda" and table.numel():
         # From pageable memory the copy may wait for the stream.
         table = table.pin_memory()
     return table.to(device, non_blocking=True)

@@ -7,12 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tca_kernels.dispatch import upload
 
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor; asynchronous on CUDA, where it goes through pinned memory."""
-    if device.type == "cuda" and tensor.numel():
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+__all__ = ["download", "upload", "upload_floats", "upload_ints"]
 
 
 def download(tensor: Tensor) -> Tensor:

@@ -28,15 +28,11 @@ class BudgetedCore:
     rows: int
 
     def __call__(self, slots: HeadSlots, importance: Tensor) -> Tensor | None:
-        block = self.settings.block
-        layout = Layout.of([slots], slots.end, block)
-        if not layout.num_candidates:
+        block, device = self.settings.block, importance.device
+        index = _candidates(slots, block, self.rows, device)
+        if index is None:
             return None
-        device = importance.device
-        rows = slice(0, self.rows)
-        begins = torch.from_numpy(slots.indptr[:-1]).to(device)
-        index = begins[:, None] + layout.entries(rows, device)
-        num_blocks = layout.num_candidates // block
+        num_blocks = index.shape[1] // block
         counts = self.settings.decode.level_counts(num_blocks)
         kept = self.settings.decode.kept_tokens(num_blocks).reshape(-1)
         if int(kept.sum()) == index.numel():
@@ -66,14 +62,11 @@ class SharedCore:
     floor: float = 0.25
 
     def __call__(self, slots: HeadSlots, importance: Tensor) -> Tensor | None:
-        block = self.settings.block
-        layout = Layout.of([slots], slots.end, block)
-        if not layout.num_candidates:
+        block, device = self.settings.block, importance.device
+        index = _candidates(slots, block, self.rows, device)
+        if index is None:
             return None
-        device = importance.device
-        begins = torch.from_numpy(slots.indptr[:-1]).to(device)
-        index = begins[:, None] + layout.entries(slice(0, self.rows), device)
-        budget = self.settings.decode.kept_tokens(layout.num_candidates // block).reshape(-1)
+        budget = self.settings.decode.kept_tokens(index.shape[1] // block).reshape(-1)
         total = int(budget.sum())
         if total == index.numel():
             return None
@@ -90,3 +83,12 @@ class SharedCore:
 def nothing_stays(slots: HeadSlots, importance: Tensor) -> Tensor:
     """The core of a server without sparsity: cold prefixes move to the host tier whole."""
     return torch.zeros(slots.num_slots, dtype=torch.bool, device=importance.device)
+
+
+def _candidates(slots: HeadSlots, block: int, rows: int, device: torch.device) -> Tensor | None:
+    """Flat entries of what may be dropped: int64 ``[rows, n]``; None when nothing may."""
+    layout = Layout.of([slots], slots.end, block)
+    if not layout.num_candidates:
+        return None
+    begins = torch.from_numpy(slots.indptr[:-1]).to(device)
+    return begins[:, None] + layout.entries(slice(0, rows), device)

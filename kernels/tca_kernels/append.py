@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tca_kernels import dispatch, reference
-from tca_kernels.dispatch import cdiv, check_pool
+from tca_kernels.dispatch import cdiv, check_lists, check_pool
 
 _WRITE_TILE = 16
 _LIST_TILE = 128
@@ -54,6 +54,7 @@ def append_slots(arena: Tensor, start: Tensor, length: Tensor, new_slots: Tensor
     length : int32 ``[B, L, Hkv]``, contiguous; grows by one
     new_slots : int32 ``[B, L, Hkv]``, any strides; negative: the list stays as it is (padding)
     """
+    check_lists(arena=arena, start=start, length=length)
     if not dispatch.use_triton(arena):
         reference.append_slots(arena, start, length, new_slots)
         return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tca_kernels import dispatch, reference
-from tca_kernels.dispatch import check_pool, next_power_of_2
+from tca_kernels.dispatch import check_lists, check_pool, next_power_of_2
 
 _MERGE_BLOCK = 16
 
@@ -164,6 +164,7 @@ def decode_attention(
         On a pool whose layout the kernels do not cover, or a plan for another batch.
     """
     check_pool(kv, q.shape[-1])
+    check_lists(arena=arena)
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     if dispatch.use_triton(q):
         _decode_triton(q, kv, arena, start, length, scale, workspace, layer, out, lse)

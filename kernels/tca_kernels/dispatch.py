@@ -89,3 +89,19 @@ def check_pool(kv: Tensor, head_dim: int) -> None:
         )
     if head_dim < 16 or head_dim & (head_dim - 1):
         raise ValueError(f"head_dim must be a power of two >= 16, not {head_dim}")
+
+
+def check_lists(**lists: Tensor) -> None:
+    """Refuse lists with a stride, which the kernels would misread on a GPU only.
+
+    Raises
+    ------
+    ValueError
+        If one is not contiguous, naming it.
+    """
+    for name, tensor in lists.items():
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, not {tuple(tensor.shape)} "
+                f"with strides {tensor.stride()}"
+            )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tca_kernels import dispatch, reference
-from tca_kernels.dispatch import cdiv, check_pool, host_table, upload
+from tca_kernels.dispatch import cdiv, check_lists, check_pool, host_table, upload
 from tca_kernels.select import Selection
 
 _SLOT_TILE = 1024
@@ -36,7 +36,7 @@ def view_slots(
 
     Parameters
     ----------
-    arena : int32 ``[A]``
+    arena : int32 ``[A]``, contiguous
     start : int64 ``[...]`` with ``R`` elements, on the device: where each row's list begins
     candidates, lengths : ``[...]`` with ``R`` elements, integer, **on the host**: the first
         ``candidates`` of a list's ``lengths`` entries were selected from; the others (local
@@ -47,6 +47,7 @@ def view_slots(
     -------
     The views; row ``r`` has ``kept + lengths - candidates`` slots, in list order.
     """
+    check_lists(arena=arena)
     candidates = host_table(candidates, "candidates").flatten()
     lengths = host_table(lengths, "lengths").flatten()
     kept = selection.indptr.diff()
@@ -109,6 +110,7 @@ def gather_views(
     ``keys`` and ``values``, in the pool's dtype.
     """
     check_pool(kv, kv.shape[-1])
+    check_lists(slots=slots)
     shape = (slots.numel(), kv.shape[-1])
     keys = kv.new_empty(shape) if keys is None else keys
     values = kv.new_empty(shape) if values is None else values

@@ -26,9 +26,17 @@ def move_rows(
     ----------
     source, target : ``[N, ...]`` and ``[M, ...]``, contiguous, of one dtype; a row's elements are
         a power of two
-    source_rows, target_rows : int32 ``[n]``, on any device
+    source_rows, target_rows : int32 ``[n]``, contiguous, on any device
     max_programs : of the GPU's, so that other work finds room beside the copy
+
+    Raises
+    ------
+    ValueError
+        If anything is not contiguous, or a row of an unusual length goes through the GPU.
     """
+    dispatch.check_lists(
+        source=source, source_rows=source_rows, target=target, target_rows=target_rows
+    )
     device = source.device if source.is_cuda else target.device
     pinned = all(pool.is_cuda or pool.is_pinned() for pool in (source, target))
     width = source[0].numel()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tca_kernels import dispatch, reference
-from tca_kernels.dispatch import cdiv, check_pool, host_table, next_power_of_2, upload
+from tca_kernels.dispatch import cdiv, check_lists, check_pool, host_table, next_power_of_2, upload
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def probe_scores(
         or one sub-chunk of it. Neighbouring items whose lists are prefixes of one another share
         their reads.
     kv : ``[num_slots, 2, D]``, contiguous
-    arena : int32 ``[A]``
+    arena : int32 ``[A]``, contiguous
     start : int64 ``[N, Hkv]``, on the device, any strides
     lengths : ``[N, Hkv]``, integer, **on the host**; at least ``P`` each
     counts : ``[N, Hkv]``, integer, **on the host**; at most the length each
@@ -133,6 +133,7 @@ def probe_scores(
         If a list is shorter than the probes or than its count, or a table is on the device.
     """
     check_pool(kv, q.shape[-1])
+    check_lists(arena=arena)
     lengths, counts = host_table(lengths, "lengths"), host_table(counts, "counts")
     if bool((lengths < q.shape[1]).any()) or bool((counts > lengths).any()):
         raise ValueError("every list must hold its probes' tokens and the entries to be scored")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tca_kernels import dispatch, reference
-from tca_kernels.dispatch import cdiv, host_table, upload
+from tca_kernels.dispatch import cdiv, check_lists, host_table, upload
 
 BlockScore = Literal["raw-hhi", "normalised-hhi", "mass"]
 
@@ -54,6 +54,7 @@ def block_scores(scores: Tensor, block: int, kind: BlockScore = "raw-hhi") -> Te
         raise ValueError(f"{scores.numel()} scores are not whole blocks of {block}")
     if kind not in get_args(BlockScore):
         raise ValueError(f"block score {kind!r} is none of {', '.join(get_args(BlockScore))}")
+    check_lists(scores=scores)
     if not dispatch.use_triton(scores):
         return reference.block_scores(scores, block, kind)
     from tca_kernels.triton.select import block_score_kernel
@@ -108,6 +109,7 @@ def select(
         raise ValueError("level_counts must distribute exactly the blocks of each row")
     if int(row_blocks.sum()) != block_score.numel():
         raise ValueError(f"{int(row_blocks.sum())} blocks, but {block_score.numel()} block scores")
+    check_lists(scores=scores, block_score=block_score)
     kept = (level_counts * torch.tensor(levels)).sum(1)
     indptr = torch.zeros(len(kept) + 1, dtype=torch.int64)
     torch.cumsum(kept, 0, out=indptr[1:])

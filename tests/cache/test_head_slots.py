@@ -57,6 +57,15 @@ def test_full_split_matches_ragged_split() -> None:
     assert head.is_full and tail.is_full
 
 
+@pytest.mark.parametrize("cut", [1, 5])
+def test_lists_have_no_strides(cut: int) -> None:
+    """Kernels read lists as they lie in memory. One token's column of a table would have a stride,
+    which indexing on a CPU follows and a GPU kernel does not."""
+    value = HeadSlots.full(0, torch.arange(1, 13, dtype=torch.int32).view(2, 6))
+    for part in value.split(cut):
+        assert part.slots.is_contiguous() and part.positions.is_contiguous()
+
+
 def test_runs_that_do_not_meet_are_refused() -> None:
     one = HeadSlots.full(0, torch.ones(1, 2, dtype=torch.int32))
     with pytest.raises(ValueError, match="do not meet"):

@@ -181,6 +181,8 @@ class CacheMachine(RuleBasedStateMachine):
         sequence = run.sequence
         if not run.namespace.prunable or sequence.allocated != sequence.computed:
             return
+        if not sequence.computed:
+            return
         lists = HeadSlots.concat(self.manager.parts(sequence))
         chance = torch.rand(lists.num_slots, generator=torch.Generator().manual_seed(seed))
         keep = (chance < 0.6) | (lists.positions == lists.end - 1)

@@ -18,6 +18,13 @@ def test_rows_move_on_the_cpu(shape: tuple[int, ...]) -> None:
     assert torch.equal(target, expected)
 
 
+def test_a_list_with_a_stride_is_refused() -> None:
+    source, target = torch.randn(50, 8), torch.zeros(50, 8)
+    column = torch.arange(20, dtype=torch.int32).view(4, 5)[:, 0]
+    with pytest.raises(ValueError, match="source_rows must be contiguous"):
+        move_rows(source, column, target, torch.arange(4, dtype=torch.int32))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("up", [True, False], ids=["to-device", "to-host"])

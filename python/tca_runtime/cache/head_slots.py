@@ -22,7 +22,7 @@ class HeadSlots:
     ----------
     begin, end : absolute token positions covered
     lengths : int64 ``[rows]``, on the host
-    positions, slots : int32 ``[sum(lengths)]``, row after row, on the device
+    positions, slots : int32 ``[sum(lengths)]``, contiguous, row after row, on the device
     """
 
     begin: int
@@ -41,7 +41,8 @@ class HeadSlots:
             end=begin + tokens,
             lengths=np.full(rows, tokens, dtype=np.int64),
             positions=positions.repeat(rows),
-            slots=slots.reshape(-1),
+            # A column of one token would be a view with a stride; kernels read lists in a row.
+            slots=slots.reshape(-1).contiguous(),
         )
 
     @staticmethod

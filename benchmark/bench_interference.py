@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
 
+from benchmark.figures import Figure, all_passed, format_figures, load_before, save_figures
 from benchmark.server_process import running_server
 from benchmark.serving.client import generate, open_http
 from benchmark.serving.metrics import RequestResult
 
 # Token ids of prompts: below any model's vocabulary, above its special ids.
 TOKEN_IDS = range(20, 250)
+# How much longer the longest gaps may get.
+LIMIT = 3.0
+# Without the limit on steps that the last case has; selections are computed whole, so without TCA.
+DEFAULT_CASES = ("--disable-tca --max-decode-slowdown 0", "--disable-tca")
 
 
 @dataclass(frozen=True)
@@ -55,28 +58,37 @@ class Case:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all cases; the exit status is 1 if a request failed."""
+    """Run all cases; the exit status is 1 if a request failed or the last case is too slow."""
     args = _parser().parse_args(argv)
+    load = load_before()
     cases = []
-    for flags in args.flags or [""]:
+    for flags in args.flags or DEFAULT_CASES:
         server_flags = ["--model-path", args.model, *flags.split()]
         with running_server(server_flags) as server:
-            case = asyncio.run(_measure(server.url, flags, args))
-        cases.append(case)
-        print(_line(case), flush=True)
-    if args.output:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        content = {"settings": settings, "cases": [asdict(case) for case in cases]}
-        args.output.write_text(json.dumps(content, indent=1) + "\n")
-    return 1 if any(case.errors for case in cases) else 0
+            cases.append(asyncio.run(_measure(server.url, flags, args)))
+    figures = [figure for case in cases for figure in _figures(case, case is cases[-1])]
+    print(format_figures(figures))
+    settings = {**vars(args), "load_before": load}
+    raw = {"cases": [asdict(case) for case in cases]}
+    print(f"written to {save_figures('interference', settings, figures, raw)}")
+    return 0 if all_passed(figures) else 1
 
 
-def _line(case: Case) -> str:
-    return (
-        f"{case.flags or '(defaults)'}: p50 {case.quiet.p50_ms:.1f} -> {case.busy.p50_ms:.1f} ms, "
-        f"p99 {case.quiet.p99_ms:.1f} -> {case.busy.p99_ms:.1f} ms, ratio {case.ratio:.2f}, "
-        f"{case.long_prompts} long prompts, {case.prefill_tokens_per_s:.0f} prompt tokens/s"
-    )
+def _figures(case: Case, judged: bool) -> list[Figure]:
+    name = case.flags.strip() or "defaults"
+    p50 = f"p50 {case.quiet.p50_ms:.1f} -> {case.busy.p50_ms:.1f} ms"
+    return [
+        Figure(f"{name}: p99 of gaps, quiet", case.quiet.p99_ms, "ms"),
+        Figure(f"{name}: p99 of gaps, with long prompts", case.busy.p99_ms, "ms", detail=p50),
+        Figure(f"{name}: ratio", case.ratio, "x", limit=LIMIT if judged else None),
+        Figure(
+            f"{name}: prefill",
+            case.prefill_tokens_per_s,
+            "tokens/s",
+            detail=f"{case.long_prompts} long prompts",
+        ),
+        Figure(f"{name}: errors", len(case.errors), "requests", limit=0),
+    ]
 
 
 async def _measure(url: str, flags: str, args: argparse.Namespace) -> Case:
@@ -163,7 +175,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", default="smollm2-135m", help="model to serve")
-    parser.add_argument("--flags", action="append", help="server flags of a case, in one string")
+    parser.add_argument(
+        "--flags",
+        action="append",
+        help="server flags of a case, in one string; the last case is judged",
+    )
     parser.add_argument("--streams", type=int, default=32, help="requests that decode")
     parser.add_argument("--stream-prompt", type=int, default=64, help="their prompts' tokens")
     parser.add_argument("--stream-len", type=int, default=4000, help="tokens they may generate")
@@ -172,7 +188,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", type=float, default=12, help="seconds without long prompts")
     parser.add_argument("--busy", type=float, default=25, help="seconds with them, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser
 
 

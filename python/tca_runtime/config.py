@@ -66,7 +66,7 @@ class SchedulerArgs:
         None, "prompt tokens computed per step at most; default 8192 on a GPU, 2048 on the CPU"
     )
     max_decode_slowdown: float = _option(
-        2.5,
+        2.2,
         "how much longer than a decode step a step may take that also computes part of a prompt; "
         "a selection's chunk is computed whole all the same; 0 is no limit",
     )

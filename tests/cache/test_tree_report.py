@@ -9,7 +9,7 @@ from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.manager import CacheManager
 from tca_runtime.cache.radix_tree import Namespace
 from tca_runtime.cache.tree_report import describe_tree
-from tests.cache.test_manager import LAYERS, make_manager
+from tests.cache.machines import LAYERS, make_manager
 
 OTHER = Namespace("other", prunable=False)
 

@@ -153,11 +153,8 @@ def split_decode_kernel(
 
         partial = (program + entry).to(tl.int64) * GROUP + row
         tl.store(partial_lse_ptr + partial, peak + tl.log2(norm), mask=row < GROUP)
-        tl.store(
-            partial_ptr + partial[:, None] * D + dim[None, :],
-            acc / norm[:, None],
-            mask=row[:, None] < GROUP,
-        )
+        value_ptr = partial_ptr + partial[:, None] * D + dim[None, :]
+        tl.store(value_ptr, acc / norm[:, None], mask=row[:, None] < GROUP)
         tile = segment_stop
         entry += 1
 

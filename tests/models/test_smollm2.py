@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,14 +11,12 @@ from transformers import AutoModelForCausalLM
 from tca_runtime.config import DEFAULT_MODEL, CacheArgs, ModelArgs, RuntimeConfig, SparsityArgs
 from tca_runtime.engine.engine import Engine
 from tca_runtime.fetch_model import fetch
-from tca_runtime.messages import GenerateRequest, TokenBatch
 from tca_runtime.models.base import CausalLM
 from tca_runtime.models.loader import load_model
 from tca_runtime.sampling_params import SamplingParams
-from tca_runtime.scheduler.scheduler import Scheduler
 from tca_runtime.tokenizer.loading import load_tokenizer
 from tests.models.checkpoints import logits_of
-from tests.scheduler.fakes import Mailbox, NoGrammars
+from tests.scheduler.fakes import InMemoryScheduler, NoGrammars
 
 PROMPTS = [
     "The capital of France is",
@@ -83,29 +80,18 @@ def test_greedy_text_equals_transformers(reference: Any) -> None:
         cache=CacheArgs(max_total_tokens=8000),
         sparsity=SparsityArgs(disable_tca=True, host_cache_size=0.0),
     )
-    mail: Any = Mailbox()
-    grammars: Any = NoGrammars()
-    scheduler = Scheduler(config, Engine(config), grammars, mail, mail, 8192)
+    server = InMemoryScheduler(config, Engine(config), NoGrammars(), 8192)
     prompts = []
+    sampling = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0.0)
     for i, question in enumerate(QUESTIONS):
         chat = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         prompts.append(tokenizer.encode(text, add_special_tokens=False))
-        mail.inbound.append(
-            GenerateRequest(
-                rid=str(i),
-                input_ids=np.asarray(prompts[-1], dtype="<i4").tobytes(),
-                sampling=SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0.0),
-            )
-        )
-    scheduler.run_once()
-    while not scheduler.planner.is_idle:
-        scheduler.run_once()
-    outputs = [o for m in mail.outbound if isinstance(m, TokenBatch) for o in m.outputs]
+        server.send(str(i), prompts[-1], sampling)
+    server.run()
     for i, prompt in enumerate(prompts):
-        ours = [token for o in outputs if o.rid == str(i) for token in o.token_ids]
         with torch.inference_mode():
             theirs = reference.generate(
                 torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False
             )
-        assert tokenizer.decode(ours) == tokenizer.decode(theirs[0, len(prompt) :])
+        assert tokenizer.decode(server.tokens(str(i))) == tokenizer.decode(theirs[0, len(prompt) :])

@@ -22,7 +22,6 @@ from tca_runtime.engine.step import PositionLogprobs, StepInput, StepOutput
 from tca_runtime.messages import (
     FinishReason,
     GenerateRequest,
-    LogprobOptions,
     TokenBatch,
     TokenOutput,
 )
@@ -224,53 +223,24 @@ class NoGrammars:
         raise AssertionError("no test here uses a grammar")
 
 
-class Harness:
-    """A scheduler and everything its clients received."""
+class InMemoryScheduler:
+    """A scheduler without sockets, and everything its clients received."""
 
-    def __init__(
-        self,
-        capacity_tokens: int = 100,
-        context: int = 1000,
-        is_asynchronous: bool = False,
-        **args: Any,
-    ) -> None:
-        settings = SchedulerArgs(**{"max_running_requests": 4, **args})
-        self.engine = FakeEngine(
-            capacity_tokens, settings.max_running_requests, is_asynchronous=is_asynchronous
-        )
+    def __init__(self, config: RuntimeConfig, engine: Any, grammars: Any, context: int) -> None:
+        self.engine = engine
         self.mail = Mailbox()
-        config = RuntimeConfig(scheduler=settings)
-        engine: Any = self.engine
-        box: Any = self.mail
-        grammars: Any = FakeGrammars()
-        self.scheduler = Scheduler(config, engine, grammars, box, box, context)
-        self.scheduler.stream_interval = 0.0
+        mail: Any = self.mail
+        self.scheduler = Scheduler(config, engine, grammars, mail, mail, context)
 
-    def submit(
-        self,
-        rid: str,
-        prompt: Sequence[int],
-        max_new_tokens: int = 5,
-        logprobs: LogprobOptions | None = None,
-        grammar: int | None = None,
-        **fields: Any,
+    def send(
+        self, rid: str, prompt: Sequence[int], sampling: SamplingParams, **fields: Any
     ) -> None:
-        sampling = SamplingParams(
-            max_new_tokens=max_new_tokens,
-            temperature=0.0,
-            grammar=None if grammar is None else Grammar("regex", str(grammar)),
-        )
+        packed = np.asarray(prompt, dtype="<i4").tobytes()
         self.mail.inbound.append(
-            GenerateRequest(
-                rid=rid,
-                input_ids=np.asarray(prompt, dtype="<i4").tobytes(),
-                sampling=sampling,
-                logprobs=logprobs,
-                **fields,
-            )
+            GenerateRequest(rid=rid, input_ids=packed, sampling=sampling, **fields)
         )
 
-    def run(self, steps: int = 400) -> None:
+    def run(self, steps: int = 5000) -> None:
         """Iterate until idle; fails when the scheduler does not get there."""
         for _ in range(steps):
             self.scheduler.run_once()
@@ -283,6 +253,9 @@ class Harness:
         batches = [m for m in self.mail.outbound if isinstance(m, TokenBatch)]
         return [o for batch in batches for o in batch.outputs if o.rid == rid]
 
+    def last(self, rid: str) -> TokenOutput:
+        return self.outputs(rid)[-1]
+
     def tokens(self, rid: str) -> list[int]:
         return [t for output in self.outputs(rid) for t in output.token_ids]
 
@@ -291,3 +264,41 @@ class Harness:
         ends = [o.finish for o in self.outputs(rid) if o.finish is not None]
         assert len(ends) == 1, f"{rid} has {len(ends)} terminal replies"
         return ends[0]
+
+
+class Harness(InMemoryScheduler):
+    """A scheduler over the fake engine."""
+
+    engine: FakeEngine
+
+    def __init__(
+        self,
+        capacity_tokens: int = 100,
+        context: int = 1000,
+        is_asynchronous: bool = False,
+        **args: Any,
+    ) -> None:
+        settings = SchedulerArgs(**{"max_running_requests": 4, **args})
+        engine = FakeEngine(
+            capacity_tokens, settings.max_running_requests, is_asynchronous=is_asynchronous
+        )
+        super().__init__(RuntimeConfig(scheduler=settings), engine, FakeGrammars(), context)
+        self.scheduler.stream_interval = 0.0
+
+    def submit(
+        self,
+        rid: str,
+        prompt: Sequence[int],
+        max_new_tokens: int = 5,
+        grammar: int | None = None,
+        **fields: Any,
+    ) -> None:
+        sampling = SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            grammar=None if grammar is None else Grammar("regex", str(grammar)),
+        )
+        self.send(rid, prompt, sampling, **fields)
+
+    def run(self, steps: int = 400) -> None:
+        super().run(steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,12 +13,11 @@ from tca_runtime.messages import (
     Control,
     ControlReply,
     FinishReason,
-    GenerateRequest,
     LogprobOptions,
 )
 from tca_runtime.sampling_params import SamplingParams
 from tests.scheduler.fakes import EOS, ROWS, VOCAB, Harness, expected_output
-from tests.scheduler.test_tca import Server, prompt
+from tests.scheduler.tiny_server import Server, prompt
 
 
 class Work(NamedTuple):
@@ -224,14 +222,9 @@ KINDS: list[dict[str, Any]] = [
 def answers(server: Server) -> list[tuple[list[int], list[Any], FinishReason | None]]:
     """Requests of all kinds at once, with a real (tiny) model; tokens, logprobs, finish."""
     for i, kind in enumerate(KINDS):
-        server.mail.inbound.append(
-            GenerateRequest(
-                rid=f"r{i}",
-                input_ids=np.asarray(prompt(i, 300 + 40 * i), dtype="<i4").tobytes(),
-                sampling=SamplingParams(max_new_tokens=200, ignore_eos=True, **kind),
-                logprobs=LogprobOptions(start=290, top_k=2) if i % 2 else None,
-            )
-        )
+        sampling = SamplingParams(max_new_tokens=200, ignore_eos=True, **kind)
+        logprobs = LogprobOptions(start=290, top_k=2) if i % 2 else None
+        server.send(f"r{i}", prompt(i, 300 + 40 * i), sampling, logprobs=logprobs)
     server.run()
     found = []
     for i in range(len(KINDS)):

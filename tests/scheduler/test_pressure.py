@@ -9,7 +9,7 @@ import pytest
 
 from tca_runtime.messages import AbortRequest, FinishReason, TokenBatch
 from tests.scheduler.fakes import ROWS, Harness
-from tests.scheduler.test_tca import Server, prompt
+from tests.scheduler.tiny_server import Server, prompt
 
 # GiB; 2 * head_dim * 4 bytes a slot, 4 slots a token: about 1000 tokens.
 SMALL_HOST = 1000 * 4 * 256 / 2**30

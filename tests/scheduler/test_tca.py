@@ -2,105 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 from torch import Tensor
 
-from tca_runtime.cache.sequence import Sequence as CachedSequence
-from tca_runtime.config import (
-    CacheArgs,
-    ModelArgs,
-    RuntimeConfig,
-    SchedulerArgs,
-    SparsityArgs,
-)
-from tca_runtime.engine.engine import Engine
-from tca_runtime.messages import (
-    Control,
-    ControlReply,
-    FinishReason,
-    GenerateRequest,
-    TokenOutput,
-)
-from tca_runtime.sampling_params import SamplingParams
-from tca_runtime.scheduler.scheduler import Scheduler
-from tests.scheduler.fakes import Harness, Mailbox, NoGrammars
-
-WINDOW = 64
-
-
-class Server(Harness):
-    """A scheduler over a real engine in one process, without sockets."""
-
-    def __init__(
-        self,
-        tokens: int = 6000,
-        host_gib: float = 0.0,
-        chunk: int = 256,
-        share: bool = True,
-        overlap: bool = False,
-        **sparsity: Any,
-    ) -> None:
-        settings = {
-            "tca_config": "uniform:0.3",
-            "tca_window": WINDOW,
-            "tca_min_candidates": 64,
-            "host_cache_size": host_gib,
-            **sparsity,
-        }
-        config = RuntimeConfig(
-            model=ModelArgs(load_format="dummy", model_config="tiny", device="cpu"),
-            cache=CacheArgs(max_total_tokens=tokens, disable_radix_cache=not share),
-            scheduler=SchedulerArgs(max_running_requests=4, chunked_prefill_size=chunk),
-            sparsity=SparsityArgs(**settings),
-        )
-        self.engine = Engine(config)
-        sharpen(self.engine)
-        self.engine.is_asynchronous = overlap
-        self.mail = Mailbox()
-        box: Any = self.mail
-        grammars: Any = NoGrammars()
-        self.scheduler = Scheduler(config, self.engine, grammars, box, box, 32768)
-
-    def submit(  # type: ignore[override]
-        self, rid: str, prompt: Sequence[int], max_new: int = 12, **params: Any
-    ) -> None:
-        self.mail.inbound.append(
-            GenerateRequest(
-                rid=rid,
-                input_ids=np.asarray(prompt, dtype="<i4").tobytes(),
-                sampling=SamplingParams(
-                    max_new_tokens=max_new, temperature=0.0, ignore_eos=True, custom_params=params
-                ),
-            )
-        )
-
-    def run(self, steps: int = 5000) -> None:
-        super().run(steps)
-
-    def last(self, rid: str) -> TokenOutput:
-        return self.outputs(rid)[-1]
-
-    def ask(self, prompt: Sequence[int], max_new: int = 12, **params: Any) -> list[int]:
-        rid = f"r{len(self.mail.outbound)}"
-        self.submit(rid, prompt, max_new, **params)
-        self.run()
-        return self.tokens(rid)
-
-
-def sharpen(engine: Engine) -> None:
-    """Make a random model's attention selective and its output depend on it."""
-    model: Any = engine.model
-    for layer in model._layers:
-        layer.attention.qkv.weight.mul_(12)
-        layer.attention.output.weight.mul_(40)
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 256, length).tolist()
+from tca_runtime.cache.sequence import Sequence
+from tca_runtime.messages import Control, ControlReply, FinishReason
+from tests.scheduler.tiny_server import WINDOW, Server, prompt
 
 
 def test_keeping_everything_is_full_attention() -> None:
@@ -298,7 +207,7 @@ def test_no_more_queries_than_the_granularity_share_a_selection(
     sizes: list[int] = []
     extend = server.engine.cache.extend
 
-    def recording(sequence: CachedSequence, num_tokens: int) -> Tensor:
+    def recording(sequence: Sequence, num_tokens: int) -> Tensor:
         sizes.append(num_tokens)
         return extend(sequence, num_tokens)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,8 @@ from typing import Any
 
 import psutil
 import requests
+
+from benchmark.server_process import free_port
 
 TINY = ("--load-format", "dummy", "--model-config", "tiny", "--max-total-tokens", "20000")
 LAUNCH = ("-m", "tca_runtime.launch_server")
@@ -38,9 +39,7 @@ class Launched:
         log: Path | None = None,
         **environment: str,
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log or directory / "log"
         self._directory = directory

@@ -24,20 +24,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmark.figures import Figure, load_before, save_figures
-from benchmark.workers.engine_loop import Inbox, Outbox
+from benchmark.workers.engine_loop import in_memory_scheduler
 from tca_runtime.cache.manager import CacheManager
 from tca_runtime.cache.views import ViewTable
 from tca_runtime.config import CacheArgs, ModelArgs, RuntimeConfig, SchedulerArgs, SparsityArgs
 from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.output import LaunchedStep
 from tca_runtime.engine.sampler import Sampler
-from tca_runtime.messages import AbortRequest, GenerateRequest
+from tca_runtime.messages import AbortRequest
 from tca_runtime.models.decoder import Decoder
 from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.scheduler.planner import StepPlanner
@@ -123,18 +123,13 @@ class Server:
             ),
         )
         self.engine = Engine(config)
-        self.inbox, self.outbox = Inbox(), Outbox()
-        mail = cast("Any", self.inbox), cast("Any", self.outbox)
-        self.scheduler = Scheduler(config, self.engine, cast("Any", None), *mail, 1 << 20)
+        self.scheduler, self.inbox, _ = in_memory_scheduler(config, self.engine, 1 << 20)
         self.rng = np.random.default_rng(0)
 
     def submit(self, length: int, new_tokens: int) -> None:
         ids = self.rng.integers(0, 256, length).astype("<i4")
         sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-        message = GenerateRequest(
-            rid=ids.tobytes().hex()[:16], input_ids=ids.tobytes(), sampling=sampling
-        )
-        self.inbox.messages.append(message)
+        self.inbox.submit(ids.tobytes().hex()[:16], ids, sampling)
 
     def run_until_idle(self) -> None:
         self.scheduler.run_once()

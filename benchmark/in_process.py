@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-
-from benchmark.workers.engine_loop import Inbox, Outbox
+from benchmark.workers.engine_loop import in_memory_scheduler
 from tca_runtime.config import RuntimeConfig
 from tca_runtime.engine.engine import Engine
-from tca_runtime.messages import GenerateRequest, TokenOutput
+from tca_runtime.messages import TokenOutput
 from tca_runtime.sampling_params import SamplingParams
-from tca_runtime.scheduler.scheduler import Scheduler
 
 
 @dataclass(frozen=True)
@@ -64,16 +61,9 @@ class InProcessServer:
     def __init__(self, config: RuntimeConfig) -> None:
         self.engine = Engine(config)
         self.engine.warm_up()
-        self._inbox, self._outbox = Inbox(), Outbox()
         length = config.model.context_length or self.engine.model_config.max_position
-        self.scheduler = Scheduler(
-            config,
-            self.engine,
-            cast("Any", None),
-            cast("Any", self._inbox),
-            cast("Any", self._outbox),
-            length,
-        )
+        made = in_memory_scheduler(config, self.engine, length)
+        self.scheduler, self._inbox, self._outbox = made
         # Every token is sent as soon as it is there.
         self.scheduler.stream_interval = 0.0
         self._count = 0
@@ -94,8 +84,7 @@ class InProcessServer:
             ignore_eos=ignore_eos,
             custom_params=custom_params,
         )
-        packed = np.asarray(prompt, dtype="<i4").tobytes()
-        self._inbox.messages.append(GenerateRequest(rid=rid, input_ids=packed, sampling=sampling))
+        self._inbox.submit(rid, prompt, sampling)
         return Pending(rid, self._outbox.outputs)
 
     def ask(

@@ -27,14 +27,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from benchmark.workers.engine_loop import Inbox, Outbox
+from benchmark.workers.engine_loop import in_memory_scheduler
 from tca_runtime.config import CacheArgs, ModelArgs, RuntimeConfig, SchedulerArgs, SparsityArgs
 from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.output import LaunchedStep
 from tca_runtime.engine.step import StepInput
-from tca_runtime.messages import AbortRequest, GenerateRequest
+from tca_runtime.messages import AbortRequest
 from tca_runtime.sampling_params import SamplingParams
-from tca_runtime.scheduler.scheduler import Scheduler
 
 SLEEP_CYCLES = 40_000_000
 PROBES = 9
@@ -114,16 +113,13 @@ def decode(
     config: RuntimeConfig, engine: Engine, timed: TimedEngine, args: argparse.Namespace, **row: Any
 ) -> Row:
     """Let a batch decode under one scheduler; prompts are random and of equal length."""
-    inbox, outbox = Inbox(), Outbox()
-    mail = cast("Any", inbox), cast("Any", outbox)
-    scheduler = Scheduler(config, engine, cast("Any", None), *mail, 1 << 20)
+    scheduler, inbox, _ = in_memory_scheduler(config, engine, 1 << 20)
     rng = np.random.default_rng(0)
     sampling = SamplingParams(
         max_new_tokens=args.steps + 500, ignore_eos=True, seed=0, **SAMPLING[row["sampling"]]
     )
     for i in range(row["batch"]):
-        packed = rng.integers(0, 256, args.context).astype("<i4").tobytes()
-        inbox.messages.append(GenerateRequest(rid=str(i), input_ids=packed, sampling=sampling))
+        inbox.submit(str(i), rng.integers(0, 256, args.context), sampling)
     while len(scheduler.planner.running) < row["batch"] or scheduler.planner.prefilling:
         scheduler.run_once()
     for _ in range(20):

@@ -25,7 +25,7 @@ import torch
 from bench_run import BenchRun
 from transformers_peer import TransformersPeer
 
-from benchmark.workers.engine_loop import Inbox, Outbox
+from benchmark.workers.engine_loop import in_memory_scheduler
 from tca_runtime.config import (
     CacheArgs,
     ModelArgs,
@@ -34,10 +34,8 @@ from tca_runtime.config import (
     SparsityArgs,
 )
 from tca_runtime.engine.engine import Engine
-from tca_runtime.messages import GenerateRequest
 from tca_runtime.models.config import NAMED_CONFIGS
 from tca_runtime.sampling_params import SamplingParams
-from tca_runtime.scheduler.scheduler import Scheduler
 
 Prompts = list[list[int]]
 Replies = tuple[Prompts, list[float]]
@@ -56,16 +54,9 @@ class Runtime:
         )
         self.engine = Engine(config)
         self.engine.warm_up()
-        self._inbox, self._outbox = Inbox(), Outbox()
-        nothing = cast("Any", None)
-        self._scheduler = Scheduler(
-            config,
-            self.engine,
-            nothing,
-            cast("Any", self._inbox),
-            cast("Any", self._outbox),
-            self.engine.model_config.max_position,
-        )
+        length = self.engine.model_config.max_position
+        made = in_memory_scheduler(config, self.engine, length)
+        self._scheduler, self._inbox, self._outbox = made
 
     def generate(self, prompts: Prompts, new_tokens: int) -> Replies:
         sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
@@ -73,9 +64,7 @@ class Runtime:
         outputs.clear()
         begin = time.perf_counter()
         for number, prompt in enumerate(prompts):
-            packed = np.asarray(prompt, dtype="<i4").tobytes()
-            request = GenerateRequest(rid=str(number), input_ids=packed, sampling=sampling)
-            self._inbox.messages.append(request)
+            self._inbox.submit(str(number), prompt, sampling)
         replies: Prompts = [[] for _ in prompts]
         first: list[float | None] = [None] * len(prompts)
         open_requests = len(prompts)

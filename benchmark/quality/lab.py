@@ -6,13 +6,12 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 
 from benchmark.quality.configurations import Configuration
-from benchmark.workers.engine_loop import Inbox, Outbox
+from benchmark.workers.engine_loop import in_memory_scheduler
 from tca_runtime.config import (
     AttentionArgs,
     CacheArgs,
@@ -22,10 +21,9 @@ from tca_runtime.config import (
     SparsityArgs,
 )
 from tca_runtime.engine.engine import Engine
-from tca_runtime.messages import GenerateRequest, LogprobOptions, TokenOutput
+from tca_runtime.messages import LogprobOptions, TokenOutput
 from tca_runtime.models.loader import LoadedModel, load_model
 from tca_runtime.sampling_params import SamplingParams
-from tca_runtime.scheduler.scheduler import Scheduler
 from tca_runtime.sparsity.core import SharedCore
 
 # Settings of the loop on each kind of device: requests that decode together, tokens per step.
@@ -96,7 +94,6 @@ class Lab:
         self.engine = Engine(self.config, loaded)
         self.engine.warm_up()
         self.configuration: Configuration | None = None
-        self._inbox, self._outbox = Inbox(), Outbox()
         self._prefill_key: str | None = None
         self._core = core
 
@@ -116,14 +113,9 @@ class Lab:
             self.engine.cache.flush()
         self._prefill_key = configuration.prefill_key
         self.configuration = configuration
-        self.scheduler = Scheduler(
-            self.config,
-            self.engine,
-            cast("Any", None),
-            cast("Any", self._inbox),
-            cast("Any", self._outbox),
-            self.engine.model_config.max_position,
-        )
+        length = self.engine.model_config.max_position
+        made = in_memory_scheduler(self.config, self.engine, length)
+        self.scheduler, self._inbox, self._outbox = made
         self.scheduler.stream_interval = float("inf")
 
     def flush(self) -> None:
@@ -146,14 +138,8 @@ class Lab:
             sampling = SamplingParams(
                 max_new_tokens=ask.max_new_tokens, temperature=0.0, custom_params=custom
             )
-            self._inbox.messages.append(
-                GenerateRequest(
-                    rid=ask.rid,
-                    input_ids=np.asarray(ask.ids, dtype="<i4").tobytes(),
-                    sampling=sampling,
-                    extra_key=ask.extra_key,
-                    logprobs=ask.logprobs,
-                )
+            self._inbox.submit(
+                ask.rid, ask.ids, sampling, extra_key=ask.extra_key, logprobs=ask.logprobs
             )
         replies = {ask.rid: Reply() for ask in asks}
         left = len(replies)

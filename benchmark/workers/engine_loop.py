@@ -11,15 +11,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 # As the launcher sets it for its scheduler; it counts only before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from benchmark.workers.pipe import Json, answer_questions
-from tca_runtime.config import parse_args
+from tca_runtime.config import RuntimeConfig, parse_args
 from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.grammar import GrammarCompiler
 from tca_runtime.messages import GenerateRequest, TokenBatch, TokenOutput, ToScheduler, ToTokenizer
@@ -41,6 +42,12 @@ class Inbox:
         while self.messages:
             yield self.messages.popleft()
 
+    def submit(self, rid: str, prompt: ArrayLike, sampling: SamplingParams, **fields: Any) -> None:
+        """Queue a prompt's tokens as the tokenizer process would send them."""
+        packed = np.asarray(prompt, dtype="<i4").tobytes()
+        request = GenerateRequest(rid=rid, input_ids=packed, sampling=sampling, **fields)
+        self.messages.append(request)
+
 
 class Outbox:
     """Where the scheduler sends; keeps outputs and when the last one came."""
@@ -55,6 +62,28 @@ class Outbox:
             self.outputs += message.outputs
 
 
+def in_memory_scheduler(
+    config: RuntimeConfig,
+    engine: Engine,
+    context_length: int,
+    grammars: GrammarCompiler | None = None,
+) -> tuple[Scheduler, Inbox, Outbox]:
+    """A scheduler that is fed and answers in this process.
+
+    Without ``grammars`` a request that needs one fails.
+    """
+    inbox, outbox = Inbox(), Outbox()
+    scheduler = Scheduler(
+        config,
+        engine,
+        cast("GrammarCompiler", grammars),
+        cast("Receiver[ToScheduler]", inbox),
+        cast("Sender[ToTokenizer]", outbox),
+        context_length,
+    )
+    return scheduler, inbox, outbox
+
+
 def main() -> None:
     """Take the server's flags, then answer ``text`` + ``new_tokens`` questions with seconds."""
     config = parse_args(sys.argv[1:])
@@ -62,25 +91,18 @@ def main() -> None:
     engine.warm_up()
     model = engine.model_config
     tokenizer = load_tokenizer(config.model)
-    inbox, outbox = Inbox(), Outbox()
-    scheduler = Scheduler(
-        config,
-        engine,
-        GrammarCompiler(tokenizer, model.vocab_size, model.eos_token_ids),
-        cast("Receiver[ToScheduler]", inbox),
-        cast("Sender[ToTokenizer]", outbox),
-        config.model.context_length or model.max_position,
-    )
+    grammars = GrammarCompiler(tokenizer, model.vocab_size, model.eos_token_ids)
+    length = config.model.context_length or model.max_position
+    scheduler, inbox, outbox = in_memory_scheduler(config, engine, length, grammars)
 
     def handle(question: Json) -> Json:
         ids = tokenizer.encode(question["text"])
         sampling = SamplingParams(
             max_new_tokens=question["new_tokens"], temperature=0.0, ignore_eos=True
         )
-        packed = np.asarray(ids, dtype="<i4").tobytes()
         outbox.outputs.clear()
+        inbox.submit("r", ids, sampling)
         start = time.perf_counter()
-        inbox.messages.append(GenerateRequest(rid="r", input_ids=packed, sampling=sampling))
         while not (outbox.outputs and outbox.outputs[-1].finish):
             scheduler.run_once()
         # The loop goes on with its own upkeep after the last reply; a client does not wait for it.

@@ -8,11 +8,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from tca_runtime.messages import AbortRequest, GenerateRequest, TokenOutput
+from tca_runtime.messages import AbortRequest, TokenOutput
 from tca_runtime.sampling_params import SamplingParams
 from tests.gpu.tiny import Loop, loop, random_prompts, write_model
 
@@ -35,9 +34,7 @@ def submit(engine: Loop, number: int, stems: list[list[int]], dice: random.Rando
         ignore_eos=True,
         custom_params={"tca": False} if dice.random() < 0.2 else {},
     )
-    packed = np.asarray(prompt, dtype="<i4").tobytes()
-    message = GenerateRequest(rid=str(number), input_ids=packed, sampling=sampling)
-    engine.inbox.messages.append(message)
+    engine.inbox.submit(str(number), prompt, sampling)
 
 
 @dataclass

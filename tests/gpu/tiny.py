@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from benchmark.workers.engine_loop import Inbox, Outbox
+from benchmark.workers.engine_loop import in_memory_scheduler
 from tca_runtime.config import (
     AttentionArgs,
     CacheArgs,
@@ -20,9 +20,7 @@ from tca_runtime.config import (
     SparsityArgs,
 )
 from tca_runtime.engine.engine import Engine
-from tca_runtime.messages import GenerateRequest
 from tca_runtime.sampling_params import SamplingParams
-from tca_runtime.scheduler.scheduler import Scheduler
 
 LAYERS, HIDDEN, Q_HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB = 3, 128, 4, 2, 64, 256, 260
 
@@ -81,22 +79,14 @@ class Loop:
         self.engine = Engine(config)
         if warm:
             self.engine.warm_up()
-        self.inbox, self.outbox = Inbox(), Outbox()
-        self.scheduler = Scheduler(
-            config,
-            self.engine,
-            cast("Any", None),
-            cast("Any", self.inbox),
-            cast("Any", self.outbox),
-            16384,
-        )
+        made = in_memory_scheduler(config, self.engine, 16384)
+        self.scheduler, self.inbox, self.outbox = made
 
     def submit(self, rid: str, prompt: list[int], new_tokens: int, **params: Any) -> None:
         """Send a request; greedy unless ``params`` says otherwise."""
         params = {"temperature": 0.0, "ignore_eos": True, **params}
         sampling = SamplingParams(max_new_tokens=new_tokens, **params)
-        packed = np.asarray(prompt, dtype="<i4").tobytes()
-        self.inbox.messages.append(GenerateRequest(rid=rid, input_ids=packed, sampling=sampling))
+        self.inbox.submit(rid, prompt, sampling)
 
     def generate(self, prompts: list[list[int]], new_tokens: int, **params: Any) -> list[list[int]]:
         """Tokens of each prompt, all requests at once; checks the slots afterwards."""

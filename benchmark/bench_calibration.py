@@ -278,9 +278,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--contenders",
         type=Contender.parse,
         nargs="+",
-        default=[
-            Contender.parse(c) for c in ("uniform", "mass", "output-error", "output-error:0.5")
-        ],
+        default=[Contender.parse(text) for text in CONTENDERS],
     )
     add("--max-seconds", type=float, default=1e9, help="stop after the prompt that exceeds this")
     add("--name", default="smollm2", help="of the results file")

@@ -80,11 +80,6 @@ class SharedCore:
         return keep
 
 
-def nothing_stays(slots: HeadSlots, importance: Tensor) -> Tensor:
-    """The core of a server without sparsity: cold prefixes move to the host tier whole."""
-    return torch.zeros(slots.num_slots, dtype=torch.bool, device=importance.device)
-
-
 def _candidates(slots: HeadSlots, block: int, rows: int, device: torch.device) -> Tensor | None:
     """Flat entries of what may be dropped: int64 ``[rows, n]``; None when nothing may."""
     layout = Layout.of([slots], slots.end, block)

@@ -45,7 +45,9 @@ class CacheArgs:
         None, "capacity of the slot pool, in tokens of a full cache"
     )
     mem_fraction: float = _option(
-        0.85, "share of free device memory for weights + KV (CPU: see docs)"
+        0.85,
+        "share of device memory for weights and KV cache; on the CPU the cache takes half of this "
+        "share of what is free, 8 GiB at most",
     )
     disable_radix_cache: bool = _option(False, "never share a prefix")
 

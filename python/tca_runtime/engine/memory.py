@@ -51,7 +51,7 @@ def pool_tokens(args: CacheArgs, shape: AttentionShape) -> int:
     if tokens < 1:
         raise ValueError(
             f"no memory for the KV cache: {budget} bytes left, {per_token} needed per token; "
-            "lower --mem-fraction's competitors or set --max-total-tokens"
+            "free memory, raise --mem-fraction or set --max-total-tokens"
         )
     return tokens
 

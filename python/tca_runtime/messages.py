@@ -114,6 +114,8 @@ class TokenBatch(_Message):
 
 
 class ControlReply(_Message):
+    """The answer to ``Control``: ``message`` says what was done, or why not."""
+
     call_id: str
     ok: bool
     message: str = ""

@@ -71,6 +71,8 @@ class GenerateReply(_Reply):
 
 
 class PromptTokensDetails(_Reply):
+    """Tokens of the prompt that were found in the prefix cache."""
+
     cached_tokens: int
 
 
@@ -84,6 +86,8 @@ class Usage(_Reply):
 
 
 class CompletionLogprobs(_Reply):
+    """OpenAI's parallel lists, one entry a token; ``text_offset`` counts characters."""
+
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float | None] | None] | None
@@ -91,6 +95,8 @@ class CompletionLogprobs(_Reply):
 
 
 class CompletionChoice(_Reply):
+    """One output of ``/v1/completions``."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
@@ -111,27 +117,37 @@ class CompletionReply(_Reply):
 
 
 class FunctionCall(_Reply):
+    """A function's name, and its arguments as JSON text."""
+
     name: str
     arguments: str
 
 
 class ToolCallReply(_Reply):
+    """A tool that the model calls."""
+
     id: str
     type: Literal["function"]
     function: FunctionCall
 
 
 class ChatMessage(_Reply):
+    """The assistant's message."""
+
     role: Literal["assistant"]
     content: str | None
     tool_calls: list[ToolCallReply] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatLogprobs(_Reply):
+    """One object a token, with its likeliest alternatives."""
+
     content: list[JsonObject]
 
 
 class ChatChoice(_Reply):
+    """One output of ``/v1/chat/completions``."""
+
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
@@ -163,6 +179,8 @@ class ModelCard(_Reply):
 
 
 class ModelList(_Reply):
+    """``/v1/models``."""
+
     object: Literal["list"]
     data: list[ModelCard]
 
@@ -192,6 +210,8 @@ class ServerInfo(_Reply):
 
 
 class RouterLoad(_Reply):
+    """An entry of ``/get_load``, as SGLang's router reads it."""
+
     dp_rank: int
     num_reqs: int
     num_waiting_reqs: int

@@ -65,7 +65,8 @@ def view_slots(
     slots = torch.empty(int(indptr[-1]), dtype=torch.int32, device=arena.device)
     view_slots_kernel[(len(sizes), max(cdiv(int(sizes.max()), _SLOT_TILE), 1))](
         arena,
-        start.flatten(),
+        # Of a shared list, ``start`` may be expanded, which flattening alone keeps.
+        start.flatten().contiguous(),
         upload(table, arena.device),
         selection.indices,
         slots,

@@ -113,7 +113,10 @@ def select(
     kept = (level_counts * torch.tensor(levels)).sum(1)
     indptr = torch.zeros(len(kept) + 1, dtype=torch.int64)
     torch.cumsum(kept, 0, out=indptr[1:])
-    if dispatch.use_triton(scores) and block_score.numel():
+    if not block_score.numel():
+        nothing = torch.empty(0, dtype=torch.int32, device=scores.device)
+        return Selection(nothing, indptr, torch.zeros(len(kept), device=scores.device))
+    if dispatch.use_triton(scores):
         indices, dropped = _select_triton(
             scores, block_score, row_blocks, level_counts, levels, descending, int(indptr[-1])
         )

@@ -48,6 +48,25 @@ def test_items_may_share_a_list(device: torch.device) -> None:
     assert torch.equal(tail.cpu(), arena[first + 16 : first + 30])
 
 
+def test_items_of_one_head_may_share_a_list(device: torch.device) -> None:
+    """Their ``start`` is expanded over its only element, which flattening does not copy."""
+    arena, start, _ = random_lists(torch.tensor([[50]]))
+    start = torch.cat((start, start + 1000))[:1].to(device)
+    nothing = Selection(
+        torch.empty(0, dtype=torch.int32, device=device),
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(3, device=device),
+    )
+    lengths = torch.tensor([[50], [40], [30]])
+    view = view_slots(
+        arena.to(device), start.expand(3, 1), torch.zeros_like(lengths), lengths, nothing
+    )
+    first = int(start[0, 0])
+    for row, length in enumerate(lengths.flatten().tolist()):
+        part = view.slots[view.indptr[row] : view.indptr[row + 1]]
+        assert torch.equal(part.cpu(), arena[first : first + length])
+
+
 @pytest.mark.parametrize("backend", ["reference", "kernel"])
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_gather_copies_rows(

@@ -148,6 +148,17 @@ def test_a_level_may_keep_nothing(device: torch.device) -> None:
     assert selection.dropped_mass.tolist() == [0.375]
 
 
+def test_scores_that_are_no_numbers_keep_to_their_place(device: torch.device) -> None:
+    """A request whose K overflowed must not write into others' selections."""
+    scores = torch.full((2 * 8,), torch.nan, device=device)
+    scores[8:] = torch.arange(8.0)
+    order = torch.tensor([1.0, 0.0], device=device)
+    selection = select(scores, order, torch.tensor([2]), torch.tensor([[1, 1]]), (2, 3))
+    assert selection.indptr.tolist() == [0, 5]
+    assert len({*selection.indices.tolist()} & {*range(8)}) == 3
+    assert selection.indices[3:].tolist() == [14, 15]
+
+
 def test_no_candidates_select_nothing(device: torch.device) -> None:
     empty = torch.empty(0, device=device)
     counts = torch.zeros(2, 4, dtype=torch.int64)

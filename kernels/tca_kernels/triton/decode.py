@@ -131,12 +131,14 @@ def split_decode_kernel(
         acc = tl.zeros([ROWS, D], tl.float32)
         # Slot ids are fetched one tile ahead, so that the loads of K and V, which the compiler
         # pipelines, never wait for another load.
-        slot = tl.load(list_ptr + tl.minimum((tile - begin) * TILE + lane, length - 1))
+        # An empty list reads its first place, which may be another's: it is weighted by nothing.
+        last = tl.maximum(length - 1, 0)
+        slot = tl.load(list_ptr + tl.minimum((tile - begin) * TILE + lane, last))
         for t in range(tile - begin, segment_stop - begin):
             index = t * TILE + lane
             # Past the end the last slot is read again: any other could hold NaN bits, which a
             # weight of zero does not silence.
-            next_slot = tl.load(list_ptr + tl.minimum(index + TILE, length - 1))
+            next_slot = tl.load(list_ptr + tl.minimum(index + TILE, last))
             k_ptr = kv_ptr + slot.to(tl.int64)[:, None] * (2 * D) + dim[None, :]
             k = tl.load(k_ptr)
             v = tl.load(k_ptr + D)

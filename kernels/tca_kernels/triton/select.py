@@ -116,7 +116,10 @@ def block_topk_kernel(
     tied = (theirs == mine) & (lane[None, :, None] < lane[None, None, :])
     rank = tl.sum(((theirs > mine) | tied).to(tl.int32), axis=1)
     kept = rank < keep[:, None]
-    place = (end - keep)[:, None] + tl.cumsum(kept.to(tl.int32), axis=1) - 1
+    # NaN is ahead of nothing, so more than ``keep`` may qualify then: never write beyond them.
+    order = tl.cumsum(kept.to(tl.int32), axis=1)
+    kept = kept & (order <= keep[:, None])
+    place = (end - keep)[:, None] + order - 1
     tl.store(index_ptr + place, block[:, None] * BLOCK + lane[None, :], mask=kept)
     dropped = tl.sum(tl.where(kept, 0.0, score), axis=1)
     tl.store(dropped_ptr + row_start + block, dropped, mask=valid)

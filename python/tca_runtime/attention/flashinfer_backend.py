@@ -17,15 +17,17 @@ from tca_runtime.attention.base import AttentionShape
 from tca_runtime.attention.cuda_backend import CudaBackend, Lengths
 
 WORKSPACE_BYTES = 256 << 20
-NUM_PLANS = 4
+# Beside one per layer: chunks that see all of their past share one.
+SPARE_PLANS = 2
 HEAD_DIMS = (64, 128, 256)
 
 
 class FlashInferPrefill:
     """Ragged causal attention; sequence lengths come from the host, so planning waits for nothing.
 
-    A plan's tables travel from pinned memory to the device while the host goes on. Each of a few
-    wrappers holds one plan, and is planned anew only after its last tables have arrived.
+    A plan's tables travel from pinned memory to the device while the host goes on. Each wrapper
+    holds one plan, and is planned anew only after its last tables have arrived. Budgets differ by
+    layer and so do plans: with a wrapper per layer the host can queue a whole step.
     """
 
     def __init__(self, shape: AttentionShape, backend: str = "auto") -> None:
@@ -34,10 +36,10 @@ class FlashInferPrefill:
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=shape.device)
         self._wrappers = [
             flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend=backend)
-            for _ in range(NUM_PLANS)
+            for _ in range(shape.num_layers + SPARE_PLANS)
         ]
-        self._arrived = [torch.cuda.Event() for _ in range(NUM_PLANS)]
-        self._planned: list[tuple[bytes, bytes, int, int] | None] = [None] * NUM_PLANS
+        self._arrived = [torch.cuda.Event() for _ in self._wrappers]
+        self._planned: list[tuple[bytes, bytes, int, int] | None] = [None] * len(self._wrappers)
         self._next = 0
 
     def __call__(
@@ -54,7 +56,7 @@ class FlashInferPrefill:
         self, key: tuple[bytes, bytes, int, int], q_lengths: Lengths, kv_lengths: Lengths
     ) -> None:
         place = self._next
-        self._next = (place + 1) % NUM_PLANS
+        self._next = (place + 1) % len(self._wrappers)
         self._arrived[place].synchronize()
         self._wrappers[place].plan(
             _indptr(q_lengths),

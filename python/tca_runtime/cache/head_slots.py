@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tca_kernels.dispatch import upload
+
 
 @dataclass(frozen=True)
 class HeadSlots:
@@ -169,6 +171,6 @@ class HeadSlots:
 
 def _row_of(lengths: NDArray[np.int64], device: torch.device) -> Tensor:
     """The row of every entry: int64 ``[sum(lengths)]``."""
-    sizes = torch.from_numpy(lengths).to(device)
+    sizes = upload(torch.from_numpy(lengths), device)
     rows = torch.arange(len(lengths), device=device)
     return torch.repeat_interleave(rows, sizes, output_size=int(lengths.sum()))

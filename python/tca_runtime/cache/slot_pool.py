@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 
 import torch
 from torch import Tensor
 
 from tca_runtime.cache.transfer import Event
+
+
+def _page_locked(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Host memory that the device reads and writes itself.
+
+    torch's own pinned memory is rounded up to a power of two, which may be twice as much.
+    """
+    kv = torch.empty(size, dtype=dtype)
+    runtime = torch.cuda.cudart()
+    if status := int(runtime.cudaHostRegister(kv.data_ptr(), kv.nbytes, 0)):
+        raise RuntimeError(f"cannot lock {kv.nbytes} bytes of host memory: CUDA error {status}")
+    weakref.finalize(kv, runtime.cudaHostUnregister, kv.data_ptr())
+    return kv
 
 
 class OutOfSlotsError(RuntimeError):
@@ -45,7 +59,7 @@ class SlotPool:
         size = (num_slots, 2, head_dim)
         # Not cleared: a slot is written before it is read, and untouched pages cost nothing.
         self.kv = (
-            torch.empty(size, dtype=dtype, pin_memory=True)
+            _page_locked(size, dtype)
             if in_host_memory
             else torch.empty(size, dtype=dtype, device=device)
         )

@@ -17,7 +17,7 @@ from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.cache.views import ViewTable
 from tca_runtime.config import RuntimeConfig
 from tca_runtime.engine.graphs import DecodeGraphs
-from tca_runtime.engine.memory import host_pool, pool_tokens
+from tca_runtime.engine.memory import ARENA_FACTOR, host_pool, host_slots, pool_tokens
 from tca_runtime.engine.output import LaunchedStep
 from tca_runtime.engine.sampler import Sampler
 from tca_runtime.engine.step import ChunkInput, StepInput, StepOutput
@@ -30,9 +30,6 @@ from tca_runtime.sparsity.load import load_settings
 from tca_runtime.sparsity.settings import ModelIdentity, SparsitySettings
 
 logger = logging.getLogger(__name__)
-
-# Arena entries per slot: views of requests that share a prefix list the same slots.
-ARENA_FACTOR = 4
 
 
 class Engine:
@@ -60,7 +57,8 @@ class Engine:
             dtype=loaded.dtype,
             device=loaded.device,
         )
-        tokens = pool_tokens(config.cache, self.shape)
+        num_host_slots = host_slots(config.sparsity, self.shape)
+        tokens = pool_tokens(config.cache, self.shape, num_host_slots)
         pool = SlotPool(
             tokens * self.shape.rows + 1, self.shape.head_dim, self.shape.dtype, self.device
         )
@@ -81,7 +79,7 @@ class Engine:
             pool,
             views,
             not config.cache.disable_radix_cache,
-            host=host_pool(config.sparsity, self.shape),
+            host=host_pool(num_host_slots, self.shape),
             may_prune=config.sparsity.tca_retention != "never",
         )
         self.use_sparsity(load_settings(config.sparsity, identity, config.model.model_path))

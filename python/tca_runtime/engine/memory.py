@@ -17,9 +17,17 @@ logger = logging.getLogger(__name__)
 CPU_SHARE = 0.5
 CPU_LIMIT_BYTES = 8 << 30
 
-
 # Share of free host memory that the host tier takes when its size is not given.
 HOST_SHARE = 0.2
+
+
+# Arena entries per slot: views of requests that share a prefix list the same slots.
+ARENA_FACTOR = 4
+# What a slot costs on the device beside K and V: its entries in the arena of views, in the tree
+# (slot and position), on the free list, and its importance.
+LIST_BYTES = 4 * ARENA_FACTOR + 8 + 4 + 2
+# The same of a slot in the host tier, which no view names.
+HOST_LIST_BYTES = 8 + 4 + 2
 
 
 def slot_bytes(shape: AttentionShape) -> int:
@@ -27,8 +35,10 @@ def slot_bytes(shape: AttentionShape) -> int:
     return 2 * shape.head_dim * shape.dtype.itemsize
 
 
-def pool_tokens(args: CacheArgs, shape: AttentionShape) -> int:
+def pool_tokens(args: CacheArgs, shape: AttentionShape, host_slots: int = 0) -> int:
     """Capacity in tokens of a full cache, after the weights are loaded.
+
+    ``host_slots``: of the host tier, whose lists are on the device too.
 
     Raises
     ------
@@ -41,12 +51,11 @@ def pool_tokens(args: CacheArgs, shape: AttentionShape) -> int:
         return args.max_total_tokens
     if shape.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(shape.device)
-        budget = free - int(total * (1 - args.mem_fraction))
+        budget = free - int(total * (1 - args.mem_fraction)) - host_slots * HOST_LIST_BYTES
     else:
         available = int(psutil.virtual_memory().available * args.mem_fraction * CPU_SHARE)
         budget = min(available, CPU_LIMIT_BYTES)
-    # Beside K and V, a slot costs four bytes in each list that names it.
-    per_token = shape.rows * (slot_bytes(shape) + 4 * 6)
+    per_token = shape.rows * (slot_bytes(shape) + LIST_BYTES)
     tokens = budget // per_token
     if tokens < 1:
         raise ValueError(
@@ -56,8 +65,8 @@ def pool_tokens(args: CacheArgs, shape: AttentionShape) -> int:
     return tokens
 
 
-def host_pool(args: SparsityArgs, shape: AttentionShape) -> SlotPool | None:
-    """The host tier's slots; None when it is off or cannot be had."""
+def host_slots(args: SparsityArgs, shape: AttentionShape) -> int:
+    """How many slots the host tier is to have; 0 when it is off."""
     size = args.host_cache_size
     budget = (
         int(size * (1 << 30))
@@ -65,7 +74,12 @@ def host_pool(args: SparsityArgs, shape: AttentionShape) -> SlotPool | None:
         else int(psutil.virtual_memory().available * HOST_SHARE)
     )
     num_slots = budget // slot_bytes(shape)
-    if num_slots <= shape.rows:
+    return num_slots if num_slots > shape.rows else 0
+
+
+def host_pool(num_slots: int, shape: AttentionShape) -> SlotPool | None:
+    """The host tier; None for no slots, or when the memory cannot be had."""
+    if not num_slots:
         return None
     try:
         in_host_memory = shape.device.type == "cuda"

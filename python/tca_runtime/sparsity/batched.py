@@ -174,7 +174,8 @@ class BatchedChunk:
         begins = torch.repeat_interleave(
             self._start.flatten(), sizes, output_size=chosen.indices.numel()
         )
-        keep.view(-1)[begins + chosen.indices] = True
+        # Assigning a number through an index would make the host wait for the device.
+        keep.view(-1).index_fill_(0, begins + chosen.indices, True)
         return keep.view(-1)
 
     def _by_head(self, values: Sequence[int]) -> Tensor:

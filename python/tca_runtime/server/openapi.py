@@ -60,7 +60,8 @@ def describe(
     if text:
         content[TEXT] = {"schema": {"type": "string"}}
     if streams:
-        content[EVENTS] = {"schema": {"type": "string"}}
+        # OpenAPI 3.1 cannot describe single events, and readers take a schema for that of each.
+        content[EVENTS] = {}
     failure = {"content": {JSON: {"schema": _schema(error)}}}
     described: dict[str, Any] = {
         "summary": summary,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import requests
 
@@ -211,3 +212,26 @@ def test_a_compressed_body_is_not_unpacked(server: Server) -> None:
     body = b"\x1f\x8b" + b"\x00" * 1000
     response = requests.post(server.url + NATIVE, data=body, headers=headers, timeout=30)
     assert response.status_code == 400
+
+
+def asked_bytes(server: Server, path: str, body: Body) -> list[int]:
+    """The sizes of what the scheduler was told because of a call."""
+    before = len(server.scheduler.received)
+    response = server.post(path, body)
+    assert response.status_code == 200, response.text[:300]
+    return [len(msgspec.msgpack.encode(m)) for m in server.scheduler.received[before:]]
+
+
+@pytest.mark.parametrize(
+    ("path", "prompts"), [(NATIVE, {"text": ["a"] * 64}), (TEXT, {"prompt": ["a"] * 64})]
+)
+def test_a_long_rid_does_not_travel_with_every_output(
+    server: Server, path: str, prompts: Body
+) -> None:
+    samples: Body = {"n": 2, "max_tokens": 1}
+    if path == NATIVE:
+        samples = {"sampling_params": {"n": 2, "max_new_tokens": 1}}
+    body = {**prompts, **samples}
+    short, long = (asked_bytes(server, path, {**body, "rid": "r" * n}) for n in (1, 1000))
+    assert len(long) == len(short) == 128
+    assert max(long) <= max(short) + 8

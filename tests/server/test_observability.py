@@ -206,6 +206,7 @@ def test_every_request_is_logged_once_with_its_id(
         return
     entry = json.loads(good)
     assert (entry["level"], entry["rid"], entry["finish"]) == ("info", "good", "stop")
+    assert entry["number"] == server.scheduler.received[-2].rid
     assert entry["completion_tokens"] > 1 and entry["seconds"] > 0
     entry = json.loads(bad)
     assert (entry["level"], entry["rid"], entry["status"]) == ("warning", "bad", 503)

@@ -22,6 +22,7 @@ def log_request(state: RequestState, new_tokens: int) -> None:
     if not logger.isEnabledFor(level):
         return
     fields: dict[str, Any] = {
+        "number": state.wire_id,
         "rid": state.request.rid[:_MAX_RID],
         "finish": finish.type,
         "prompt_tokens": state.prompt_tokens,

@@ -159,7 +159,7 @@ class TokenizerManager:
         check_call(request.sampling for request in requests)
         outputs = [output for request in requests for output in _expand(request)]
         states = [
-            RequestState(output, i, f"{output.rid}-{next(self._serial)}", self.table, changed)
+            RequestState(output, i, str(next(self._serial)), self.table, changed)
             for i, output in enumerate(outputs)
         ]
         try:
@@ -324,7 +324,7 @@ class TokenizerManager:
         except RequestError as error:
             self._finish(state, FinishReason("abort", message=error.message, status=error.status))
         except Exception:
-            logger.exception("request %s", output.rid)
+            logger.exception("request %s", state.wire_id)
             self._finish(
                 state, FinishReason("abort", message="internal error in detokenisation", status=500)
             )

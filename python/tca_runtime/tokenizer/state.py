@@ -59,8 +59,9 @@ class RequestState:
     Attributes
     ----------
     index : position among the outputs of the client's call.
-    wire_id : its name between the processes. A client may use a rid again while the scheduler
-        is still busy dropping its first use, so the rid itself cannot tell outputs apart.
+    wire_id : its name between the processes, and in their logs. A client may use a rid again
+        while the scheduler is still busy dropping its first use, so the rid itself cannot tell
+        outputs apart; and a long one would travel with every token.
     text : the final text so far; it only ever grows.
     output_ids : tokens so far, a stop token included.
     text_tokens : how many of them belong to the text.

@@ -48,7 +48,7 @@ def _rows(route: str, status: str, note: str = "", /, **values: Any) -> list[Row
     return [Row(route, name, status, value, note) for name, value in values.items()]
 
 
-_TENANTS = "namespace of the prefix cache; see operations.md"
+_TENANTS = "namespace of the prefix cache, at most 1024 characters; see operations.md"
 _ONE_MODEL = "one text model on one engine"
 _OTHER = "changes nothing that this server does"
 
@@ -56,7 +56,7 @@ _NATIVE_ROWS = [
     Row(NATIVE, "text", SUPPORTED, ["a", "b"], "one text or a list", replaces="text"),
     Row(NATIVE, "input_ids", SUPPORTED, [5, 6], "one prompt or a list", replaces="text"),
     Row(NATIVE, "sampling_params", SUPPORTED, {"max_new_tokens": 2}, "one, or one per prompt"),
-    Row(NATIVE, "rid", SUPPORTED, "mine", "any string; may be used again"),
+    Row(NATIVE, "rid", SUPPORTED, "mine", "at most 1024 characters; may be used again"),
     *_rows(NATIVE, SUPPORTED, return_logprob=True),
     Row(
         NATIVE,
@@ -72,7 +72,12 @@ _NATIVE_ROWS = [
     *_rows(NATIVE, SUPPORTED, stream=True),
     *_rows(NATIVE, SUPPORTED, _TENANTS, extra_key="e", cache_salt="s"),
     *_rows(NATIVE, SUPPORTED, "higher ones are admitted first", priority=3),
-    *_rows(NATIVE, SUPPORTED, "shares the server fairly; not SGLang's", user="u"),
+    *_rows(
+        NATIVE,
+        SUPPORTED,
+        "shares the server fairly, at most 1024 characters; not SGLang's",
+        user="u",
+    ),
     *_rows(
         NATIVE,
         REFUSED,
@@ -181,11 +186,11 @@ _OPENAI_SHARED = {
     "seed": (1, "the text is a function of it"),
     "min_tokens": (2, ""),
     "response_format": ({"type": "json_object"}, "text, json_object or json_schema"),
-    "rid": ("mine", ""),
+    "rid": ("mine", "at most 1024 characters; may be used again"),
     "extra_key": ("e", _TENANTS),
     "cache_salt": ("s", _TENANTS),
     "priority": (3, "higher ones are admitted first"),
-    "user": ("u", "shares the server fairly"),
+    "user": ("u", "shares the server fairly, at most 1024 characters"),
     "stream": (True, ""),
 }
 _OPENAI_REFUSED = {

@@ -193,6 +193,32 @@ def test_openai_fields(server: Server, path: str, body: dict[str, Any], words: s
     assert set(response.json()) == {"object", "message", "type", "param", "code"}
 
 
+NAMES = ["rid", "extra_key", "cache_salt", "user"]
+PROMPTS: dict[str, dict[str, Any]] = {
+    "/generate": {"text": "a"},
+    "/v1/completions": {"prompt": "a"},
+    CHAT: {"messages": HELLO},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("path", PROMPTS)
+def test_names_have_a_limit(server: Server, path: str, name: str) -> None:
+    fits = {**PROMPTS[path], name: "é" * 1024}
+    assert server.post(path, fits).status_code == 200
+    response = server.post(path, {**PROMPTS[path], name: "x" * 1025})
+    assert response.status_code == 400
+    assert name in message_of(response) and "1025" in message_of(response)
+
+
+@pytest.mark.parametrize("name", ["rid", "extra_key", "cache_salt"])
+def test_names_in_a_list_have_a_limit(server: Server, name: str) -> None:
+    body = {"text": ["a", "b"], name: ["x", "y" * 1025]}
+    response = server.post("/generate", body)
+    assert response.status_code == 400
+    assert name in message_of(response) and "1025" in message_of(response)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("status", [400, 503])
 def test_scheduler_refusal_has_its_status(server: Server, stream: bool, status: int) -> None:

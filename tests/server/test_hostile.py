@@ -94,6 +94,16 @@ CASES: dict[str, Callable[[], tuple[str, Body]]] = {
     "a million token ids": lambda: (NATIVE, {"input_ids": [5] * 10**6}),
     "ids beyond 32 bits": lambda: (NATIVE, {"input_ids": [2**31, 2**63, -(2**63)]}),
     "rid of 1 MB": lambda: (NATIVE, {"text": "a", "rid": "r" * MIB}),
+    "rid of 1 MB times a batch": lambda: (NATIVE, {"text": ["a"] * 4096, "rid": "r" * MIB}),
+    "rid of 1 MB times a batch of completions": lambda: (
+        TEXT,
+        {"prompt": ["a"] * 4096, "rid": "r" * MIB},
+    ),
+    "rid of 1 MB times n": lambda: chat(rid="r" * MIB, n=128),
+    "salts of 1 MB each": lambda: (
+        NATIVE,
+        {"text": ["a"] * 8, "cache_salt": ["s" * MIB] * 8, "extra_key": ["e" * MIB] * 8},
+    ),
     "rid that forges a log line": lambda: (NATIVE, {"text": "a", "rid": "x\nERROR server: gone"}),
     "user of 1 MB": lambda: chat(user="u" * MIB),
     "salt of 1 MB": lambda: chat(cache_salt="s" * MIB),

@@ -16,6 +16,7 @@ from tca_runtime.server.identity import cache_namespace, client_name
 from tca_runtime.server.openapi import GENERATE
 from tca_runtime.server.requests import (
     check_batch,
+    check_names,
     finished_outputs,
     logprob_options,
     new_rid,
@@ -57,6 +58,7 @@ async def text_requests(
 ) -> tuple[list[TextRequest], bool]:
     """The requests of a body, and whether the reply is a list."""
     arrived = time.perf_counter()
+    check_names(body)
     prompts, is_batch = _prompts(body)
     count = len(prompts)
     samplings = _per_item("sampling_params", body.sampling_params, count, is_batch)

@@ -27,7 +27,7 @@ from tca_runtime.server.openai_common import (
 )
 from tca_runtime.server.openapi import describe
 from tca_runtime.server.replies import ChatReply
-from tca_runtime.server.requests import finished_outputs, new_rid, prompt_ids
+from tca_runtime.server.requests import check_names, finished_outputs, new_rid, prompt_ids
 from tca_runtime.server.schemas import ChatBody
 from tca_runtime.server.sse import event, stream_reply
 from tca_runtime.server.tools import ToolCall, ToolParser, ToolPlan, plan_tools
@@ -106,6 +106,7 @@ def chat_router(context: ServerContext) -> APIRouter:
 async def _prepare(http: Request, body: ChatBody, context: ServerContext) -> _Call:
     arrived = time.perf_counter()
     manager = context.manager
+    check_names(body)
     namespace = cache_namespace(body.extra_key, body.cache_salt)
     plan = plan_tools(body.tools, body.tool_choice, body.parallel_tool_calls is not False)
     render = partial(

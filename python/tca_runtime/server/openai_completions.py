@@ -27,6 +27,7 @@ from tca_runtime.server.openapi import describe
 from tca_runtime.server.replies import CompletionReply
 from tca_runtime.server.requests import (
     check_batch,
+    check_names,
     finished_outputs,
     new_rid,
     prompt_ids,
@@ -94,6 +95,7 @@ def completions_router(context: ServerContext) -> APIRouter:
 async def _prepare(http: Request, body: CompletionBody, context: ServerContext) -> _Call:
     arrived = time.perf_counter()
     manager = context.manager
+    check_names(body)
     namespace = cache_namespace(body.extra_key, body.cache_salt)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise RequestError("best_of must equal n", param="best_of")

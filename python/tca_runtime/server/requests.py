@@ -12,6 +12,7 @@ from fastapi import Request
 from tca_runtime.messages import LogprobOptions
 from tca_runtime.server.errors import raise_if_failed
 from tca_runtime.server.sampling import check_token_ids
+from tca_runtime.server.schemas import GenerateBody, OpenAIBody
 from tca_runtime.server.sse import until_disconnect
 from tca_runtime.tokenizer.errors import RequestError
 from tca_runtime.tokenizer.manager import MAX_CALL_OUTPUTS, Limits, TokenizerManager
@@ -19,6 +20,20 @@ from tca_runtime.tokenizer.state import RequestState, TextRequest
 
 # Logprobs per position, each way of asking.
 MAX_LOGPROB_IDS = 1024
+# Each of up to MAX_CALL_OUTPUTS outputs carries its names.
+MAX_NAME_LENGTH = 1024
+_NAMES = ("rid", "extra_key", "cache_salt", "user")
+
+
+def check_names(body: GenerateBody | OpenAIBody) -> None:
+    """Refuse names that are too long, alone or in a list."""
+    for field in _NAMES:
+        value = getattr(body, field)
+        names = [value] if isinstance(value, str) else value or ()
+        longest = max((len(name) for name in names if name is not None), default=0)
+        if longest > MAX_NAME_LENGTH:
+            text = f"{field} has {longest} characters, the limit is {MAX_NAME_LENGTH}"
+            raise RequestError(text, param=field)
 
 
 def new_rid() -> str:

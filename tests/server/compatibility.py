@@ -169,7 +169,10 @@ _SHARED: dict[str, tuple[Any, str]] = {
     "skip_special_tokens": (False, ""),
     "no_stop_trim": (True, "keeps what stopped the output"),
     "logit_bias": ({"5": 1.0}, ""),
-    "custom_params": ({"x": 1}, "settings of selection, such as max_dropped_mass"),
+    "custom_params": (
+        {"kept_ratio": 0.5},
+        "settings of selection: tca, kept_ratio, max_dropped_mass, probes; others are ignored",
+    ),
 }
 _SAMPLING_ROWS = [
     *(Row(SAMPLING, name, SUPPORTED, v, note) for name, (v, note) in _SHARED.items()),

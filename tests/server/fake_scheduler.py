@@ -36,6 +36,7 @@ from tca_runtime.messages import (
 
 DEFAULT_ANSWER = "hello world, the quick brown fox"
 CONTEXT_LENGTH = 512
+SCRIPT = ("answer", "per_message", "delay", "error", "hang", "tca")
 STATE = {
     "num_running_reqs": 2,
     "max_running_requests": 64,

@@ -24,7 +24,7 @@ from tca_runtime.config import ModelArgs, RuntimeConfig, ServerArgs
 from tca_runtime.messages import ToScheduler, ToTokenizer
 from tca_runtime.server.app import build_app
 from tca_runtime.tokenizer.manager import TokenizerManager
-from tests.server.fake_scheduler import CONTEXT_LENGTH, FakeScheduler
+from tests.server.fake_scheduler import CONTEXT_LENGTH, SCRIPT, FakeScheduler
 from tests.tokenizer.toy_tokenizers import byte_level
 
 MODEL = "toy-model"
@@ -74,6 +74,7 @@ def running_server(
     info = {
         "context_length": CONTEXT_LENGTH,
         "vocab_size": len(tokenizer) + 4,
+        "custom_params": [*SCRIPT, "kept_ratio"],
         "architectures": ["ToyForCausalLM"],
         "model_type": "toy",
     }

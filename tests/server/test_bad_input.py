@@ -100,9 +100,11 @@ def test_generate_fields(server: Server, body: dict[str, Any], words: str) -> No
         ({"json_schema": "[1]"}, "json_schema"),
         ({"regex": "a", "ebnf": 'root ::= "a"'}, "only one"),
         ({"regex": "a" * (2 << 20)}, "regex"),
-        ({"custom_params": {"x": 2**70}}, "custom_params"),
+        ({"custom_params": {"kept_ratio": 2**70}}, "custom_params"),
+        ({"custom_params": {"kept_ratio": "x" * 2000}}, "custom_params"),
+        ({"custom_params": {"kept_ratio": [0] * 1000}}, "custom_params"),
         ({"custom_params": json.loads("[" * 100 + "]" * 100)}, "custom_params"),
-        ({"custom_params": {"x": json.loads("[" * 100 + "]" * 100)}}, "custom_params"),
+        ({"custom_params": {"kept_ratio": json.loads("[" * 100 + "]" * 100)}}, "custom_params"),
     ],
 )
 def test_sampling_fields(server: Server, params: dict[str, Any], words: str) -> None:

@@ -113,6 +113,14 @@ CASES: dict[str, Callable[[], tuple[str, Body]]] = {
         tools=[{"type": "function", "function": {"name": "f", "parameters": nested(400)}}]
     ),
     "deep custom parameters": lambda: native(custom_params=nested(400)),
+    "deep known parameter": lambda: native(custom_params={"kept_ratio": nested(400)}),
+    "wide known parameter times a batch": lambda: (
+        NATIVE,
+        {
+            "text": ["a"] * 4096,
+            "sampling_params": {"custom_params": {"kept_ratio": [0] * 200_000}},
+        },
+    ),
     "deep template variables": lambda: chat(chat_template_kwargs=nested(400)),
     "wide object": lambda: native(custom_params={f"k{i}": i for i in range(200_000)}),
     "schema of references": lambda: chat(json_schema=reference_bomb(40)),
@@ -245,3 +253,12 @@ def test_a_long_rid_does_not_travel_with_every_output(
     short, long = (asked_bytes(server, path, {**body, "rid": "r" * n}) for n in (1, 1000))
     assert len(long) == len(short) == 128
     assert max(long) <= max(short) + 8
+
+
+@pytest.mark.parametrize("path", [NATIVE, TEXT, CHAT])
+def test_custom_parameters_that_nobody_reads_stay_here(server: Server, path: str) -> None:
+    body: Body = {NATIVE: {"text": "a"}, TEXT: {"prompt": "a"}, CHAT: {"messages": HELLO}}[path]
+    params: Body = {"custom_params": {"kept_ratio": 0.5, "note": "x" * MIB, "deep": nested(100)}}
+    sizes = asked_bytes(server, path, {**body, "sampling_params": params, **params})
+    assert max(sizes) < 4096
+    assert server.scheduler.received[-1].sampling.custom_params == {"kept_ratio": 0.5}

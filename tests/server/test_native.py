@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import requests
 
-from tests.server.fake_scheduler import DEFAULT_ANSWER, logprob_of
+from tests.server.fake_scheduler import DEFAULT_ANSWER, SCRIPT, logprob_of
 from tests.server.harness import Server, eventually
 from tests.tokenizer.toy_tokenizers import EOS, IM_END
 
@@ -30,9 +30,8 @@ def stream(server: Server, **body: Any) -> list[dict[str, Any]]:
 
 def script(**params: Any) -> dict[str, Any]:
     """Sampling parameters with a script for the fake scheduler."""
-    known = {"answer", "per_message", "delay", "error", "hang", "tca"}
-    custom = {k: v for k, v in params.items() if k in known}
-    return {**{k: v for k, v in params.items() if k not in known}, "custom_params": custom}
+    custom = {k: v for k, v in params.items() if k in SCRIPT}
+    return {**{k: v for k, v in params.items() if k not in SCRIPT}, "custom_params": custom}
 
 
 def test_single_prompt(server: Server) -> None:

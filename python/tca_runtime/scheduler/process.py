@@ -36,6 +36,7 @@ from tca_runtime.models.errors import ModelError
 from tca_runtime.scheduler.choices import kv_cache_gib, log_choices
 from tca_runtime.scheduler.outbox import Outbox
 from tca_runtime.scheduler.scheduler import Scheduler
+from tca_runtime.sparsity.chooser import REQUEST_PARAMS
 from tca_runtime.sparsity.settings import ConfigurationError
 from tca_runtime.stdio import survive_full_disk
 from tca_runtime.tokenizer.loading import TokenizerError, load_tokenizer
@@ -111,6 +112,7 @@ def _build(config: RuntimeConfig, inbox: Receiver[ToScheduler], outbox: Outbox) 
         "architectures": [model.architecture],
         "context_length": context_length,
         "vocab_size": model.vocab_size,
+        "custom_params": list(REQUEST_PARAMS),
         "dtype": str(engine.shape.dtype).removeprefix("torch."),
         "device": str(engine.device),
         "attention_backend": type(engine.backend).__name__,

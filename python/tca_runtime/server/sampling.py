@@ -18,6 +18,7 @@ MAX_SAMPLES = 128
 MAX_STOP_IDS = 1024
 MAX_STOP_LENGTH = 1 << 12
 MAX_GRAMMAR_LENGTH = 1 << 18
+MAX_CUSTOM_BYTES = 1024
 _MAX_NESTING = 64
 _INT64 = range(-(2**63), 2**63)
 _DEFAULTS = SamplingParams()
@@ -45,7 +46,6 @@ def build_sampling(body: SamplingBody, prompt_tokens: int, limits: Limits) -> Sa
     )
     logit_bias = body.logit_bias or {}
     check_token_ids("logit_bias", logit_bias, limits)
-    _check_nesting("custom_params", body.custom_params)
     return SamplingParams(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
@@ -66,7 +66,7 @@ def build_sampling(body: SamplingBody, prompt_tokens: int, limits: Limits) -> Sa
         n=_sample_count(body.n),
         seed=_seed(body),
         grammar=_grammar(body),
-        custom_params=body.custom_params or {},
+        custom_params=_custom_params(body.custom_params or {}, limits),
     )
 
 
@@ -181,6 +181,14 @@ def _schema_text(schema: str | JsonObject | None) -> str:
     _require(isinstance(parsed, dict | bool), "json_schema", "a JSON schema object", schema)
     _check_length("json_schema", schema)
     return schema
+
+
+def _custom_params(given: JsonObject, limits: Limits) -> JsonObject:
+    known = {name: given[name] for name in limits.custom_params if name in given}
+    _check_nesting("custom_params", known)
+    size = len(msgspec.json.encode(known))
+    _require(size <= MAX_CUSTOM_BYTES, "custom_params", f"at most {MAX_CUSTOM_BYTES} bytes", size)
+    return known
 
 
 def _check_length(name: str, value: str) -> None:

@@ -19,6 +19,9 @@ from tca_runtime.sparsity.policies import Candidates
 from tca_runtime.sparsity.selection import LayerScores, select
 from tca_runtime.sparsity.settings import SparsitySettings
 
+# What of a client's ``custom_params`` is read here.
+REQUEST_PARAMS = ("tca", "kept_ratio", "max_dropped_mass", "probes")
+
 # Ratios tried in turn for a request that limits the dropped mass instead of the memory.
 LADDER = (0.05, 0.1, 0.15, 0.2, 0.25, 0.32, 0.39, 0.5, 0.65, 0.8, 1.0)
 

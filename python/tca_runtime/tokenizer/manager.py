@@ -57,10 +57,14 @@ MAX_CALL_OUTPUTS = 4096
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model can take: longest prompt + output, and the ids it knows."""
+    """What the model can take: longest prompt + output, and the ids it knows.
+
+    ``custom_params``: the keys that the scheduler reads; others are not worth sending.
+    """
 
     context_length: int
     vocab_size: int
+    custom_params: tuple[str, ...]
 
 
 class TokenizerManager:
@@ -69,7 +73,7 @@ class TokenizerManager:
     Parameters
     ----------
     to_scheduler, from_scheduler : the two channels; the manager closes neither.
-    info : what ``SchedulerReady`` said; ``context_length`` and ``vocab_size`` are needed.
+    info : what ``SchedulerReady`` said; the fields of ``Limits`` are needed.
     heartbeat_timeout : seconds of silence after which the scheduler counts as unhealthy.
 
     Attributes
@@ -90,7 +94,9 @@ class TokenizerManager:
         heartbeat_timeout: float = 30.0,
     ) -> None:
         self.served_model_name = config.model.served_model_name or config.model.model_path
-        self.limits = Limits(info["context_length"], info["vocab_size"])
+        self.limits = Limits(
+            info["context_length"], info["vocab_size"], tuple(info["custom_params"])
+        )
         self.info = info
         self.table = TokenTable(tokenizer)
         self.encoder = Encoder(tokenizer)

@@ -70,15 +70,31 @@ def test_dropped_mass_limit_takes_the_smallest_budget_that_honours_it() -> None:
         ({"max_dropped_mass": -1}, "max_dropped_mass"),
         ({"probes": 0}, "probes"),
         ({"probes": True}, "probes"),
+        ({"probes": 2.7}, "probes"),
+        ({"tca": "no"}, "tca"),
+        ({"tca": 0}, "tca"),
+        ({"tca": False, "kept_ratio": 2}, "kept_ratio"),
+        ({"kept_ratio": 1.0, "probes": 2.7}, "probes"),
     ],
 )
-def test_bad_custom_params_are_the_clients_mistake(params: dict[str, Any], name: str) -> None:
-    server = Server()
+@pytest.mark.parametrize("dense", [False, True])
+def test_bad_custom_params_are_the_clients_mistake(
+    params: dict[str, Any], name: str, dense: bool
+) -> None:
+    server = Server(disable_tca=dense)
     server.submit("a", prompt(1, 20), **params)
     server.run()
     finish = server.last("a").finish
     assert isinstance(finish, FinishReason)
-    assert finish.status == 400 and name in finish.message
+    assert finish.status == 400 and f"custom_params.{name} must be" in finish.message
+
+
+def test_a_whole_number_of_probes_may_be_written_as_a_fraction() -> None:
+    server = Server()
+    server.submit("a", prompt(1, 1000), probes=4.0, tca=True)
+    server.run()
+    tca = server.last("a").tca
+    assert tca is not None and tca["probes"] == 4
 
 
 def test_long_generation_stays_within_its_budget() -> None:

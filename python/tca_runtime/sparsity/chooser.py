@@ -17,7 +17,7 @@ from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.layout import Layout
 from tca_runtime.sparsity.policies import Candidates
 from tca_runtime.sparsity.selection import LayerScores, select
-from tca_runtime.sparsity.settings import SparsitySettings
+from tca_runtime.sparsity.settings import BLOCK_SIZE, SparsitySettings
 
 # What of a client's ``custom_params`` is read here.
 REQUEST_PARAMS = ("tca", "kept_ratio", "max_dropped_mass", "probes")
@@ -202,24 +202,30 @@ def request_sparsity(
     Raises
     ------
     ValueError
-        For a value of the wrong type or out of range, naming it.
+        For a value of the wrong type or out of range, naming it; also where full attention makes
+        it meaningless, so that whether a request is accepted does not depend on the server's flags.
     """
-    if server is None or custom_params.get("tca") is False:
+    block = BLOCK_SIZE if server is None else server.block
+    wanted = custom_params.get("tca")
+    if not isinstance(wanted, bool | None):
+        raise ValueError("custom_params.tca must be true or false")
+    ratio = _number(custom_params, "kept_ratio", 1 / block, 1.0)
+    mass = _number(custom_params, "max_dropped_mass", 0.0, 1.0)
+    probes = _number(custom_params, "probes", 1, 1024)
+    if probes is not None and probes != int(probes):
+        raise ValueError(f"custom_params.probes must be a whole number, got {probes:g}")
+    if server is None or wanted is False or ratio == 1.0:
         return None
     settings = server
-    ratio = _number(custom_params, "kept_ratio", 1 / server.block, 1.0)
-    if ratio == 1.0:
-        return None
     if ratio is not None:
         settings = replace(
             settings,
             prefill=settings.prefill.at_ratio(ratio),
             decode=settings.decode.at_ratio(ratio),
         )
-    probes = _number(custom_params, "probes", 1, 1024)
     if probes is not None:
         settings = replace(settings, probes=int(probes))
-    return RequestSparsity(settings, _number(custom_params, "max_dropped_mass", 0.0, 1.0))
+    return RequestSparsity(settings, mass)
 
 
 def _number(params: dict[str, Any], name: str, low: float, high: float) -> float | None:

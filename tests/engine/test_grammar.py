@@ -4,6 +4,7 @@ import json
 import random
 import re
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -285,6 +286,66 @@ def test_compilation_never_blocks_and_has_a_limit(
         assert compiler.submit(Grammar("regex", "a")).result(0)
     finally:
         release.set()
+
+
+def test_a_grammar_that_nobody_waits_for_is_not_compiled(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    begun: list[str] = []
+    native = grammar_module._compile_native
+
+    def slow(compiler: Any, grammar: Grammar) -> Any:
+        begun.append(grammar.value)
+        if grammar.value.startswith("slow"):
+            release.wait(60)
+        return native(compiler, grammar)
+
+    monkeypatch.setattr(grammar_module, "_compile_native", slow)
+    shared, lonely, last = (Grammar("regex", v) for v in ("shared", "lonely", "last"))
+    try:
+        running = [(g, compiler.submit(g)) for g in (Grammar("regex", f"slow{i}") for i in (1, 2))]
+        first, again, alone = (compiler.submit(g) for g in (shared, shared, lonely))
+        assert first is again
+        compiler.release(shared, again)
+        compiler.release(lonely, alone)
+        compiler.release(*running[0])
+    finally:
+        release.set()
+    assert compiler.submit(last).result(30) and first.result(30)
+    assert alone.cancelled()
+    assert sorted(begun) == ["last", "shared", "slow1", "slow2"]
+    assert compiler.submit(lonely).result(30)
+
+
+def test_a_refused_grammar_is_tried_again(
+    tokenizer: PreTrainedTokenizerFast, eos_ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    native = grammar_module._compile_native
+
+    def slow(compiler: Any, grammar: Grammar) -> Any:
+        if grammar.value.startswith("slow"):
+            release.wait(60)
+        return native(compiler, grammar)
+
+    monkeypatch.setattr(grammar_module, "_compile_native", slow)
+    compiler = GrammarCompiler(tokenizer, PADDED, eos_ids, time_limit=0.3)
+    compiler.submit(Grammar("regex", "a")).result(30)
+    waiting = Grammar("regex", "b")
+    try:
+        slow_ones = [compiler.submit(Grammar("regex", f"slow{i}")) for i in range(8)]
+        refused = compiler.submit(waiting).exception(30)
+        assert isinstance(refused, GrammarError) and refused.status == 503
+        errors = [future.exception(30) for future in slow_ones]
+        assert {e.status for e in errors if isinstance(e, GrammarError)} == {400, 503}
+    finally:
+        release.set()
+    for _ in range(1000):
+        if compiler.submit(waiting).exception(30) is None:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the refusal was kept")
 
 
 def test_a_forbidden_token_is_an_error(compiler: GrammarCompiler) -> None:

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from concurrent.futures import Future
 from contextlib import ExitStack
 
 import pytest
@@ -60,14 +59,54 @@ def test_too_many_hanging_jobs_refuse_new_ones_until_one_ends(release: threading
             with pytest.raises(Late):
                 future.result(10)
         with pytest.raises(PoolOverloaded):
-            pool.submit(lambda: 1, Late())
-    assert submit_when_possible(pool).result(10) == 1
+            pool.submit(lambda: 1, Late()).result(10)
+    assert result_when_possible(pool) == 1
 
 
-def submit_when_possible(pool: JobPool[int]) -> Future[int]:
+def result_when_possible(pool: JobPool[int]) -> int:
     for _ in range(1000):
         try:
-            return pool.submit(lambda: 1, Late())
+            return pool.submit(lambda: 1, Late()).result(10)
         except PoolOverloaded:
             time.sleep(0.01)
     raise AssertionError("the pool never recovered")
+
+
+def test_hanging_jobs_that_wait_are_refused_instead_of_starting_without_end(
+    release: threading.Event,
+) -> None:
+    workers, max_late = 2, 3
+    pool: JobPool[int] = JobPool(workers, time_limit=0.05, max_late=max_late)
+    started: list[int] = []
+
+    def job(number: int) -> int:
+        started.append(number)
+        return hang(release)
+
+    with ExitStack() as stack:
+        stack.callback(release.set)
+        futures = [pool.submit(lambda i=i: job(i), Late()) for i in range(10)]
+        errors = [type(future.exception(10)) for future in futures]
+        time.sleep(0.3)
+        assert len(started) <= workers + max_late
+    assert [error is Late for error in errors] == [i in started for i in range(10)]
+    assert set(errors) == {Late, PoolOverloaded}
+    assert result_when_possible(pool) == 1
+
+
+def test_a_job_taken_back_is_not_begun(release: threading.Event) -> None:
+    pool: JobPool[int] = JobPool(workers=1, time_limit=30, max_late=1)
+    ran: list[int] = []
+
+    def job(number: int) -> int:
+        ran.append(number)
+        return number
+
+    with ExitStack() as stack:
+        stack.callback(release.set)
+        first = pool.submit(lambda: hang(release), Late())
+        second, third = (pool.submit(lambda i=i: job(i), Late()) for i in (2, 3))
+        assert pool.cancel(second) and second.cancelled()
+        assert not pool.cancel(first)
+    assert (first.result(10), third.result(10)) == (0, 3)
+    assert ran == [3]

@@ -72,13 +72,25 @@ class CountingMatcher:
 
 
 class FakeGrammars:
-    """Compiles at once; the pattern is a grammar's length."""
+    """Compiles at once; the pattern is a grammar's length.
+
+    ``given`` is what to hand out instead, ``held`` what was submitted and not released.
+    """
+
+    def __init__(self) -> None:
+        self.given: Future[Any] | None = None
+        self.held: list[Future[Any]] = []
 
     def submit(self, grammar: Grammar) -> Future[Any]:
-        future: Future[Any] = Future()
-        compiled = SimpleNamespace(matcher=lambda: CountingMatcher(int(grammar.value)))
-        future.set_result(compiled)
+        future: Future[Any] = Future() if self.given is None else self.given
+        if self.given is None:
+            compiled = SimpleNamespace(matcher=lambda: CountingMatcher(int(grammar.value)))
+            future.set_result(compiled)
+        self.held.append(future)
         return future
+
+    def release(self, grammar: Grammar, future: Future[Any]) -> None:
+        self.held.remove(future)
 
 
 class FakeStep:
@@ -282,7 +294,8 @@ class Harness(InMemoryScheduler):
         engine = FakeEngine(
             capacity_tokens, settings.max_running_requests, is_asynchronous=is_asynchronous
         )
-        super().__init__(RuntimeConfig(scheduler=settings), engine, FakeGrammars(), context)
+        self.grammars = FakeGrammars()
+        super().__init__(RuntimeConfig(scheduler=settings), engine, self.grammars, context)
         self.scheduler.stream_interval = 0.0
 
     def submit(

@@ -204,6 +204,24 @@ def test_a_request_waits_for_its_grammar() -> None:
     assert harness.tokens("b") == expected_output([4, 5, 6], 5)
 
 
+def test_grammars_are_released_once_done_or_no_longer_waited_for() -> None:
+    harness = Harness()
+    future: Future[Any] = Future()
+    harness.grammars.given = future
+    for rid in ("a", "b"):
+        harness.submit(rid, [1, 2, 3], grammar=4)
+    harness.scheduler.run_once()
+    assert len(harness.grammars.held) == 2
+    harness.mail.inbound.append(AbortRequest(rid="a"))
+    harness.scheduler.run_once()
+    assert harness.finish("a").status == 499
+    assert len(harness.grammars.held) == 1
+    future.set_result(SimpleNamespace(matcher=lambda: CountingMatcher(4)))
+    harness.run()
+    assert len(harness.tokens("b")) == 4
+    assert not harness.grammars.held
+
+
 def test_a_broken_grammar_is_its_clients_mistake() -> None:
     harness = Harness()
     future: Future[Any] = Future()

@@ -6,7 +6,7 @@ import os
 import re
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tca_runtime.engine.job_pool import JobPool, PoolOverloaded
+from tca_runtime.engine.job_pool import JobPool
 from tca_runtime.sampling_params import Grammar
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class GrammarCompiler:
 
     Failures are kept as well, so that a grammar that takes too long is tried once. Compilation
     cannot be interrupted: see `JobPool` for what becomes of a thread past the time limit. Only
-    one thread may submit.
+    one thread may submit and release.
     """
 
     MAX_CACHED = 256
@@ -136,27 +136,48 @@ class GrammarCompiler:
         self._eos_ids = list(eos_ids)
         self._time_limit = time_limit
         self._cache_bytes = cache_bytes
-        self._pool: JobPool[CompiledGrammar] = JobPool(workers=2, time_limit=time_limit, max_late=4)
+        self._pool: JobPool[CompiledGrammar] = JobPool(
+            workers=2, time_limit=time_limit, max_late=4, refusal=_refusal
+        )
         self._cache: OrderedDict[Grammar, Future[CompiledGrammar]] = OrderedDict()
+        self._users: Counter[Future[CompiledGrammar]] = Counter()
         self._prepare_lock = threading.Lock()
         self._native: Any = None
 
     def submit(self, grammar: Grammar) -> Future[CompiledGrammar]:
-        """Compile in the background; never blocks. Every failure is a `GrammarError`."""
+        """Compile in the background; never blocks. Every failure is a `GrammarError`.
+
+        Each submission must be released once.
+        """
         future = self._cache.get(grammar)
-        if future is not None:
+        if future is None or _is_refused(future):
+            future = self._begin(grammar)
+        else:
             self._cache.move_to_end(grammar)
-            return future
+        self._users[future] += 1
+        return future
+
+    def release(self, grammar: Grammar, future: Future[CompiledGrammar]) -> None:
+        """End a submission: its request has the result, or ended without it.
+
+        A compilation that nobody waits for any more is not begun.
+        """
+        self._users[future] -= 1
+        if self._users[future] > 0:
+            return
+        del self._users[future]
+        forgotten = self._pool.cancel(future) or _is_refused(future)
+        if forgotten and self._cache.get(grammar) is future:
+            del self._cache[grammar]
+
+    def _begin(self, grammar: Grammar) -> Future[CompiledGrammar]:
         kind = _KIND_NAMES[grammar.kind]
         late = GrammarError(f"compiling the {kind} takes longer than {self._time_limit:g} s")
-        try:
-            future = self._pool.submit(lambda: self._compile(grammar), late)
-        except PoolOverloaded:
-            future = Future()
-            future.set_exception(GrammarError("too many slow grammars are being compiled", 503))
-            return future
-        self._cache[grammar] = future
-        self._evict()
+        future = self._pool.submit(lambda: self._compile(grammar), late)
+        self._cache.pop(grammar, None)
+        if not _is_refused(future):
+            self._cache[grammar] = future
+            self._evict()
         return future
 
     def _evict(self) -> None:
@@ -244,6 +265,16 @@ def _compile_native(compiler: Any, grammar: Grammar) -> Any:
         return compiler.compile_grammar(grammar.value)
     schema = grammar.value if grammar.kind == "json_schema" else _ANY_OBJECT
     return compiler.compile_json_schema(schema, max_whitespace_cnt=_MAX_WHITESPACE)
+
+
+def _refusal() -> GrammarError:
+    return GrammarError("too many slow grammars are being compiled", 503)
+
+
+def _is_refused(future: Future[CompiledGrammar]) -> bool:
+    """Whether another attempt may go better."""
+    error = future.exception() if future.done() else None
+    return isinstance(error, GrammarError) and error.status == 503
 
 
 def _num_bytes(future: Future[CompiledGrammar]) -> int:

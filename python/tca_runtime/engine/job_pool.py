@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -30,39 +30,69 @@ class JobPool(Generic[T]):
 
     A job over its limit fails for its caller at once and gives its place to the next one. Its
     thread cannot be stopped, so it runs on in the background, unheeded; once ``max_late`` threads
-    do, new jobs are refused until one of them ends. Daemon threads do not hold up process exit.
+    do, what waits is refused, and so is what comes until one of them ends. There are never more
+    than ``workers + max_late`` threads. Daemon threads do not hold up process exit.
     """
 
-    def __init__(self, workers: int, time_limit: float, max_late: int) -> None:
-        """``time_limit`` in seconds, counted from the start of a job."""
+    def __init__(
+        self,
+        workers: int,
+        time_limit: float,
+        max_late: int,
+        refusal: Callable[[], Exception] = PoolOverloaded,
+    ) -> None:
+        """
+        Parameters
+        ----------
+        time_limit : seconds, counted from the start of a job
+        refusal : makes the error of a job that is refused
+        """
+        self._refusal = refusal
         self._workers = workers
         self._time_limit = time_limit
         self._max_late = max_late
         self._lock = threading.Lock()
-        self._queue: deque[_Job[T]] = deque()
+        self._queue: OrderedDict[Future[T], _Job[T]] = OrderedDict()
         self._running = 0
         self._late = 0
 
     def submit(self, run: Callable[[], T], late_error: Exception) -> Future[T]:
-        """Queue a job; never blocks. Its future fails with ``late_error`` past the limit.
+        """Queue a job; never blocks.
 
-        Raises
-        ------
-        PoolOverloaded
-            When ``max_late`` jobs run on past their limit.
+        Its future fails with ``late_error`` past the limit, and with a refusal when ``max_late``
+        jobs run on past theirs.
         """
         job = _Job(run, late_error)
         with self._lock:
-            if self._late >= self._max_late:
-                raise PoolOverloaded
-            self._queue.append(job)
+            self._queue[job.future] = job
             self._start_next()
+            refused = self._take_refused()
+        self._refuse(refused)
         return job.future
 
+    def cancel(self, future: Future[T]) -> bool:
+        """Take a job back that has not begun; False when it has."""
+        with self._lock:
+            job = self._queue.pop(future, None)
+        return job is not None and future.cancel()
+
     def _start_next(self) -> None:
-        if self._queue and self._running < self._workers:
+        if self._queue and self._running < self._workers and self._late < self._max_late:
             self._running += 1
-            threading.Thread(target=self._run, args=[self._queue.popleft()], daemon=True).start()
+            _, job = self._queue.popitem(last=False)
+            threading.Thread(target=self._run, args=[job], daemon=True).start()
+
+    def _take_refused(self) -> list[Future[T]]:
+        # The late jobs may never end, so nobody can be left to wait for them.
+        if self._late < self._max_late:
+            return []
+        refused = list(self._queue)
+        self._queue.clear()
+        return refused
+
+    def _refuse(self, futures: list[Future[T]]) -> None:
+        for future in futures:
+            future.set_exception(self._refusal())
 
     def _run(self, job: _Job[T]) -> None:
         timer = threading.Timer(self._time_limit, self._give_up, [job])
@@ -97,4 +127,6 @@ class JobPool(Generic[T]):
             self._running -= 1
             self._late += 1
             self._start_next()
+            refused = self._take_refused()
         job.future.set_exception(job.late_error)
+        self._refuse(refused)

@@ -310,6 +310,8 @@ class Scheduler:
         """
         self._check_grammars()
         ended = [r for r in self.planner.active() if r.finish is not None]
+        for request in ended:
+            self._drop_grammar(request)
         if ended:
             self.planner.leave(ended)
             self._outbox.send(TokenBatch(outputs=[take_output(r) for r in ended]))
@@ -326,7 +328,14 @@ class Scheduler:
                 request.sampling.matcher = request.grammar.result().matcher()
             except GrammarError as error:
                 request.finish = FinishReason("abort", message=str(error), status=error.status)
-            request.grammar = None
+            self._drop_grammar(request)
+
+    def _drop_grammar(self, request: Request) -> None:
+        """Wait for a request's grammar no longer; it is not compiled if nobody else does."""
+        future, request.grammar = request.grammar, None
+        grammar = request.message.sampling.grammar
+        if future is not None and grammar is not None:
+            self._grammars.release(grammar, future)
 
     def _idle_check(self) -> None:
         """Check the cache's counters once per idle time, and every slot when it lasts."""

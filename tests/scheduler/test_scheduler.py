@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -233,6 +234,33 @@ def test_a_broken_grammar_is_its_clients_mistake() -> None:
     harness.run()
     finish = harness.finish("a")
     assert (finish.type, finish.status, finish.message) == ("abort", 400, "no such thing")
+
+
+def test_requests_of_one_broken_grammar_leave_nothing_in_its_error() -> None:
+    harness = Harness()
+    try:
+        raise GrammarError("no such thing")
+    except GrammarError as error:
+        broken = error
+    harness.grammars.given = Future()
+    harness.grammars.given.set_exception(broken)
+    frames = len(list(traceback.walk_tb(broken.__traceback__)))
+    for i in range(50):
+        harness.submit(f"r{i}", [1, 2, 3], grammar=4)
+        harness.run()
+        assert harness.finish(f"r{i}").status == 400
+    assert len(list(traceback.walk_tb(broken.__traceback__))) == frames
+
+
+def test_a_grammar_that_fails_in_another_way_ends_its_request_only() -> None:
+    harness = Harness()
+    harness.grammars.given = Future()
+    harness.grammars.given.set_exception(MemoryError("out of memory"))
+    harness.submit("a", [1, 2, 3], grammar=4)
+    harness.submit("b", [1, 2, 3])
+    harness.run()
+    assert harness.finish("a").status == 500
+    assert harness.tokens("b") == expected_output([1, 2, 3], 5)
 
 
 def test_fast_tokens_share_messages_and_none_is_lost() -> None:

@@ -324,10 +324,13 @@ class Scheduler:
         for request in self.planner.waiting:
             if request.grammar is None or not request.grammar.done():
                 continue
-            try:
+            # Many requests share the error: raising it would add to its traceback each time.
+            error = request.grammar.exception()
+            if error is None:
                 request.sampling.matcher = request.grammar.result().matcher()
-            except GrammarError as error:
-                request.finish = FinishReason("abort", message=str(error), status=error.status)
+            elif request.finish is None:
+                status = error.status if isinstance(error, GrammarError) else 500
+                request.finish = FinishReason("abort", message=str(error), status=status)
             self._drop_grammar(request)
 
     def _drop_grammar(self, request: Request) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tca_runtime.messages import FinishReason, GenerateRequest
+from tca_runtime.messages import AbortRequest, FinishReason, GenerateRequest
 from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.scheduler import deadlines
 from tca_runtime.scheduler.fairness import OUTPUT_WEIGHT, PREPAID_OUTPUT, QUANTUM
@@ -191,6 +191,19 @@ def test_a_flood_does_not_shut_others_out() -> None:
     assert harness.finish("flood0").type != "abort"
     assert harness.finish("c").type != "abort"
     assert harness.finish("busy").type != "abort"
+
+
+def test_an_abort_does_not_change_why_a_request_has_ended() -> None:
+    harness = Harness(max_running_requests=1, max_queued_requests=1)
+    harness.submit("busy", [9] * 5, 60)
+    harness.scheduler.run_once()
+    harness.submit("low", [1] * 5, 1)
+    harness.submit("high", [2] * 5, 1, priority=1)
+    harness.mail.inbound += [AbortRequest(rid="low"), AbortRequest(rid="busy")]
+    harness.run()
+    assert harness.finish("low").status == 503
+    assert harness.finish("busy").status == 499
+    assert harness.finish("high").type != "abort"
 
 
 def test_a_full_queue_keeps_the_higher_priorities() -> None:

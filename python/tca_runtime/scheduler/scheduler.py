@@ -146,7 +146,8 @@ class Scheduler:
             self._accept(message)
         elif isinstance(message, AbortRequest):
             for request in self.planner.active():
-                if not message.rid or request.rid == message.rid:
+                wanted = not message.rid or request.rid == message.rid
+                if wanted and request.finish is None:
                     request.finish = FinishReason("abort", message="aborted", status=499)
         elif isinstance(message, Control):
             self._settle()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from tca_runtime.tokenizer.chat import ChatTemplate
 from tca_runtime.tokenizer.errors import RequestError
@@ -37,3 +40,42 @@ def test_arguments_of_calls_reach_the_template_as_objects() -> None:
         template.render([*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}])
     assert seen[0][1]["content"] == ""
     assert seen[0][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+
+
+def calling(arguments: str) -> list[dict[str, object]]:
+    call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+    return [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
+
+
+def printing_calls() -> PreTrainedTokenizerFast:
+    tokenizer = copy.deepcopy(byte_level())
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or () %}"
+        "{{ call.function.arguments.city }}{{ call.function.arguments | tojson }}"
+        "{% endfor %}{% endfor %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"city": "\\ud800"}',
+        '{"city": "\\udfff\\ud800"}',
+        '{"\\ud800": 1}',
+        '{"city": NaN}',
+        '{"city": -Infinity}',
+        '{"city": 1e999}',
+        '{"city": ',
+        "[" * 100_000,
+    ],
+)
+def test_arguments_that_are_no_json_are_refused(arguments: str) -> None:
+    with pytest.raises(RequestError, match=r"messages\[1\].tool_calls .* not JSON"):
+        ChatTemplate(printing_calls()).render(calling(arguments))
+
+
+def test_arguments_may_have_any_text() -> None:
+    prompt = ChatTemplate(printing_calls()).render(calling('{"city": "\\ud83d\\ude42 é"}'))
+    assert "🙂 é" in prompt
+    prompt.encode()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 from typing import Any
 
 import jinja2
+import msgspec
 from transformers import PreTrainedTokenizerFast
 
 from tca_runtime.tokenizer.errors import RequestError
@@ -99,10 +99,11 @@ def _plain_tool_call(where: str, call: Any) -> dict[str, Any]:
         raise RequestError(f"{where}.tool_calls needs function.name", param="messages")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        # Templates print arguments as an object; OpenAI clients send them as a JSON text.
+        # Templates print arguments as an object; OpenAI clients send them as a JSON text. Read as
+        # strictly as bodies are: what is no text could not be tokenised.
         try:
-            arguments = json.loads(arguments)
-        except ValueError:
+            arguments = msgspec.json.decode(arguments)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise RequestError(
                 f"{where}.tool_calls has arguments that are not JSON", param="messages"
             ) from None

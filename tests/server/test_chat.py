@@ -167,6 +167,13 @@ def test_tool_call(server: Server) -> None:
     assert first["id"] != second["id"]
 
 
+def test_half_a_character_in_a_tool_call_is_no_error(server: Server) -> None:
+    answer = CALL.replace("Paris", "\\ud800")
+    reply = chat(server, tools=TOOLS, **script(answer=answer))
+    (call,) = reply["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["arguments"] == '{"city": "\\ud800"}'
+
+
 def test_tool_call_stream(server: Server) -> None:
     answer = f"Let me see.\n{CALL}\n{CALL}"
     chunks = chat_stream(server, tools=TOOLS, **script(answer=answer, delay=0.001))

@@ -79,6 +79,23 @@ def test_forced_calls_in_any_chunking(a: int, b: int) -> None:
     assert json.loads(calls[0].arguments) == {"a": {"b": [1, {"c": "}"}]}}
 
 
+@pytest.mark.parametrize(
+    ("choice", "answer"),
+    [
+        ("auto", '<tool_call>{"name": "f", "arguments": {"s": "\\ud800 é"}}</tool_call>'),
+        ("auto", '{"name": "f", "arguments": {"s": "\\ud800 é"}}'),
+        ("auto", '{"name": "f", "arguments": "{\\"s\\": \\"\\ud800 é\\"}"}'),
+        ("required", '[{"name": "f", "parameters": {"s": "\\ud800 é"}}]'),
+    ],
+)
+def test_half_a_character_in_arguments_stays_escaped(choice: str, answer: str) -> None:
+    content, (call,) = parse(choice, [answer])
+    assert content == ""
+    assert call.arguments == '{"s": "\\ud800 é"}'
+    call.arguments.encode()
+    assert json.loads(call.arguments) == {"s": "\ud800 é"}
+
+
 def test_truncated_forced_call_is_content() -> None:
     assert parse("required", ['[{"name": "f", "para']) == ('[{"name": "f", "para', [])
 

@@ -9,6 +9,7 @@ object at the start of the answer.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from tca_runtime.tokenizer.errors import RequestError
 
 _OPEN, _CLOSE, _PYTHON_TAG = "<tool_call>", "</tool_call>", "<|python_tag|>"
 _decoder = json.JSONDecoder()
+# Models may write "\ud800", which is JSON but no text: such a reply could not be encoded.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -196,9 +199,9 @@ class ToolParser:
             return []
         try:
             value, end = _decoder.raw_decode(start)
+            call = self._call_from(value)
         except (ValueError, RecursionError):
             return []
-        call = self._call_from(value)
         if call is None:
             self._read = self._read_content
             return []
@@ -218,6 +221,7 @@ class ToolParser:
         arguments = value.get("arguments", value.get("parameters", {}))
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
+        arguments = _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", arguments)
         return ToolCall(f"call_{uuid.uuid4().hex[:24]}", name, arguments)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
+import logging
+import socket
 import threading
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 import requests
+import starlette.requests
 
 from tests.server.harness import Server, eventually, running_server
 from tests.server.test_native import events, script
@@ -43,6 +47,33 @@ def test_client_that_leaves_during_a_stream(server: Server) -> None:
     rid = server.scheduler.received[-1].rid
     eventually(lambda: rid in server.scheduler.aborted)
     eventually(lambda: server.manager.num_open == 0 and server.scheduler.num_active == 0)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/start_profile"])
+def test_client_that_leaves_while_it_sends_its_body(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    ended = threading.Event()
+    stream = starlette.requests.Request.stream
+
+    async def watched(request: starlette.requests.Request) -> AsyncGenerator[bytes, None]:
+        try:
+            async for part in stream(request):
+                yield part
+        except starlette.requests.ClientDisconnect:
+            ended.set()
+            raise
+
+    monkeypatch.setattr(starlette.requests.Request, "stream", watched)
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+    with caplog.at_level(logging.INFO):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(head.encode() + b'{"text": ')
+        assert ended.wait(10)
+        # Handled on the loop that ``ended`` was set on.
+        assert server.get("/v1/models").status_code == 200
+    assert [r for r in caplog.records if r.levelno >= logging.ERROR or r.exc_info] == []
 
 
 @pytest.mark.parametrize("abort", [{"rid": "victim"}, {"rid": "", "abort_all": True}])

@@ -28,6 +28,8 @@ class ServerContext:
         ------
         RequestError
             400 if it does not fit the schema, 413 if it is too large.
+        ClientGone
+            If the client disconnects before it is complete.
         """
         raw = await read_body(request, self.config.server.max_body_bytes)
         return parse(raw, decoder)

@@ -10,7 +10,9 @@ from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
+from tca_runtime.server.errors import ClientGone
 from tca_runtime.tokenizer.errors import RequestError
 
 JsonObject = dict[str, Any]
@@ -241,17 +243,22 @@ async def read_body(request: Request, limit: int) -> bytes:
     ------
     RequestError
         413 beyond ``limit`` bytes, before they are all received.
+    ClientGone
+        If the client disconnects before its body is complete.
     """
     announced = request.headers.get("content-length", "")
     size = int(announced) if announced.isdigit() else 0
     parts: list[bytes] = []
     if size <= limit:
         size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > limit:
-                break
-            parts.append(part)
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    break
+                parts.append(part)
+        except ClientDisconnect:
+            raise ClientGone from None
     if size > limit:
         raise RequestError(f"the request body is over the limit of {limit} bytes", status=413)
     return b"".join(parts)

@@ -89,6 +89,45 @@ def test_abort_request_ends_with_a_normal_reply(server: Server, abort: dict[str,
     assert reasons == ["abort", "abort"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "outputs"),
+    [
+        ("/generate", {"text": ["a", "b"], "sampling_params": script(hang=True)}, 2),
+        ("/generate", {"text": ["a", "b"], "sampling_params": script(hang=True, n=2)}, 4),
+        ("/generate", {"text": "a", "sampling_params": script(hang=True, n=2)}, 2),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 2, **script(hang=True)}, 4),
+    ],
+)
+def test_abort_of_a_call_ends_its_outputs_and_no_similar_rid(
+    server: Server, path: str, body: dict[str, Any], outputs: int
+) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        call = pool.submit(server.post, path, {**body, "rid": "job"})
+        similar = {"text": "a", "rid": "job_of_another", "sampling_params": script(hang=True)}
+        other = pool.submit(server.post, "/generate", similar)
+        eventually(lambda: server.manager.num_open == outputs + 1)
+        before = len(server.scheduler.aborted)
+        try:
+            assert server.post("/abort_request", {"rid": "job"}).status_code == 200
+            assert call.result().status_code == 200
+            assert len(server.scheduler.aborted) == before + outputs
+            assert server.manager.num_open == 1
+        finally:
+            server.post("/abort_request", {"rid": "", "abort_all": True})
+        assert other.result().json()["meta_info"]["id"] == "job_of_another"
+
+
+def test_abort_of_a_prompt_ends_its_samples(server: Server) -> None:
+    body = {"text": ["a", "b"], "rid": ["x", "y"], "sampling_params": script(hang=True, n=2)}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        call = pool.submit(server.post, "/generate", body)
+        eventually(lambda: server.manager.num_open == 4)
+        for rid, left in (("y", 2), ("x_1", 1), ("x_0", 0)):
+            assert server.post("/abort_request", {"rid": rid}).status_code == 200
+            eventually(lambda left=left: server.manager.num_open == left)
+        assert call.result().status_code == 200
+
+
 def test_abort_of_something_else_changes_nothing(server: Server) -> None:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         params = script(delay=0.05, answer="hello there")

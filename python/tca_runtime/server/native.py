@@ -91,6 +91,7 @@ async def text_requests(
                 stream=bool(body.stream),
                 client=client_name(http, body.user, namespace),
                 arrived=arrived,
+                part_of=(body.rid,) if is_batch and isinstance(body.rid, str) else (),
             )
         )
     return requests, is_batch or any(r.sampling.n > 1 for r in requests)

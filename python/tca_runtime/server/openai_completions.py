@@ -120,6 +120,7 @@ async def _prepare(http: Request, body: CompletionBody, context: ServerContext) 
                 stream=bool(body.stream),
                 client=client_name(http, body.user, namespace),
                 arrived=arrived,
+                part_of=(reply_id,) if len(prompts) > 1 else (),
             )
         )
         if body.echo:

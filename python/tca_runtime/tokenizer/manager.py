@@ -186,7 +186,7 @@ class TokenizerManager:
                 self._abandon(state)
 
     def abort(self, rid: str) -> int:
-        """Ask the scheduler to end a request, or each output of a batch that was called ``rid``.
+        """Ask the scheduler to end a request, or each output of the call that was named ``rid``.
 
         An empty ``rid`` means all. The clients get what there is, with finish reason "abort".
         Returns how many outputs were open.
@@ -194,7 +194,7 @@ class TokenizerManager:
         matching = [
             wire_id
             for wire_id, state in self._states.items()
-            if not rid or state.request.rid == rid or state.request.rid.startswith(rid + "_")
+            if not rid or rid in (state.request.rid, *state.request.part_of)
         ]
         for wire_id in matching:
             self._to_scheduler.send(AbortRequest(rid=wire_id))
@@ -363,6 +363,7 @@ def _expand(request: TextRequest) -> list[TextRequest]:
         replace(
             request,
             rid=f"{request.rid}_{i}",
+            part_of=(*request.part_of, request.rid),
             sampling=msgspec.structs.replace(sampling, n=1, seed=_derived(sampling.seed, i)),
         )
         for i in range(sampling.n)

@@ -22,7 +22,8 @@ class TextRequest:
     """One prompt and what to do with it. ``sampling.n`` outputs are made of it.
 
     ``stream``: the client reads the text while it grows. ``arrived`` is when its call came in, by
-    ``time.perf_counter``.
+    ``time.perf_counter``. ``part_of`` are the rids of what it belongs to: a call of several
+    prompts, a prompt of several samples.
     """
 
     rid: str
@@ -35,6 +36,7 @@ class TextRequest:
     stream: bool = False
     client: str = ""
     arrived: float = field(default_factory=time.perf_counter)
+    part_of: tuple[str, ...] = ()
 
 
 @dataclass

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import requests
 
+from tca_runtime.server import sampling
 from tests.server.harness import Server
 
 CHAT, TEXT, NATIVE = "/v1/chat/completions", "/v1/completions", "/generate"
@@ -19,8 +20,8 @@ MIB = 1 << 20
 Body = dict[str, Any]
 
 
-def native(**sampling: Any) -> tuple[str, Body]:
-    return NATIVE, {"text": "a", "sampling_params": sampling}
+def native(**params: Any) -> tuple[str, Body]:
+    return NATIVE, {"text": "a", "sampling_params": params}
 
 
 def chat(**fields: Any) -> tuple[str, Body]:
@@ -103,6 +104,17 @@ CASES: dict[str, Callable[[], tuple[str, Body]]] = {
     "salts of 1 MB each": lambda: (
         NATIVE,
         {"text": ["a"] * 8, "cache_salt": ["s" * MIB] * 8, "extra_key": ["e" * MIB] * 8},
+    ),
+    "schema times a batch": lambda: (
+        NATIVE,
+        {
+            "text": ["a"] * 4096,
+            "sampling_params": {"json_schema": {"enum": [f"value {i}" for i in range(10_000)]}},
+        },
+    ),
+    "regex times a batch of completions": lambda: (
+        TEXT,
+        {"prompt": ["a"] * 4096, "regex": "(a|b)" * 20_000},
     ),
     "rid that forges a log line": lambda: (NATIVE, {"text": "a", "rid": "x\nERROR server: gone"}),
     "user of 1 MB": lambda: chat(user="u" * MIB),
@@ -262,3 +274,45 @@ def test_custom_parameters_that_nobody_reads_stay_here(server: Server, path: str
     sizes = asked_bytes(server, path, {**body, "sampling_params": params, **params})
     assert max(sizes) < 4096
     assert server.scheduler.received[-1].sampling.custom_params == {"kept_ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (NATIVE, {"text": ["a"] * 4096, "sampling_params": {"regex": "a" * 100_000}}),
+        (TEXT, {"prompt": ["a"] * 4096, "json_schema": {"enum": ["v" * 100_000]}}),
+        (
+            TEXT,
+            {"prompt": ["a"] * 32, "n": 128, "stop": [c * 4000 for c in "abcdefghijklmnopqrst"]},
+        ),
+    ],
+)
+def test_what_every_output_needs_is_limited_over_the_call(
+    server: Server, path: str, body: Body
+) -> None:
+    before = len(server.scheduler.received)
+    response = server.post(path, body)
+    assert response.status_code == 413, response.text[:300]
+    assert str(1 << 28) in response.text
+    assert len(server.scheduler.received) == before
+
+
+def test_parameters_of_a_batch_are_checked_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    check = sampling.check_token_ids
+
+    def counting(name: str, *args: Any) -> None:
+        checked.append(name)
+        check(name, *args)
+
+    monkeypatch.setattr(sampling, "check_token_ids", counting)
+    params: Body = {"logit_bias": {"5": 1.0}}
+    for path, body in (
+        (NATIVE, {"text": ["a"] * 50, "sampling_params": params}),
+        (TEXT, {"prompt": ["a"] * 50, **params}),
+    ):
+        checked.clear()
+        sizes = asked_bytes(server, path, body)
+        assert len(sizes) == 50 and checked.count("logit_bias") == 1

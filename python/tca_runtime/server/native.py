@@ -23,11 +23,11 @@ from tca_runtime.server.requests import (
     prompt_ids,
     prompts_of_ids,
 )
-from tca_runtime.server.sampling import build_sampling, check_int64
+from tca_runtime.server.sampling import SamplingTemplate, check_int64
 from tca_runtime.server.schemas import GenerateBody, SamplingBody, check_supported
 from tca_runtime.server.sse import event, stream_reply
 from tca_runtime.tokenizer.errors import RequestError
-from tca_runtime.tokenizer.manager import TokenizerManager
+from tca_runtime.tokenizer.manager import Limits, TokenizerManager
 from tca_runtime.tokenizer.state import RequestState, TextRequest
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ async def text_requests(
     check_names(body)
     prompts, is_batch = _prompts(body)
     count = len(prompts)
-    samplings = _per_item("sampling_params", body.sampling_params, count, is_batch)
+    samplings = _samplings(body, count, is_batch, manager.limits)
     wants = _per_item("return_logprob", body.return_logprob, count, is_batch)
     starts = _per_item("logprob_start_len", body.logprob_start_len, count, is_batch)
     tops = _per_item("top_logprobs_num", body.top_logprobs_num, count, is_batch)
@@ -73,7 +73,7 @@ async def text_requests(
     requests = []
     for i, prompt in enumerate(prompts):
         ids = await prompt_ids(manager, prompt)
-        sampling = build_sampling(samplings[i] or SamplingBody(), len(ids), manager.limits)
+        sampling = samplings[i].for_prompt(len(ids))
         start = starts[i]
         if start is None or start == -1:
             start = 0 if sampling.max_new_tokens == 0 else len(ids)
@@ -186,6 +186,15 @@ def _per_item(
             f"{name} has {len(value)} items for a batch of {count} prompts", param=name
         )
     return value
+
+
+def _samplings(
+    body: GenerateBody, count: int, is_batch: bool, limits: Limits
+) -> Sequence[SamplingTemplate]:
+    if not isinstance(body.sampling_params, list):
+        return [SamplingTemplate(body.sampling_params or SamplingBody(), limits)] * count
+    given = _per_item("sampling_params", body.sampling_params, count, is_batch)
+    return [SamplingTemplate(item or SamplingBody(), limits) for item in given]
 
 
 def _token_ids_logprob(body: GenerateBody, count: int, is_batch: bool) -> list[list[int]]:

@@ -122,11 +122,11 @@ async def _prepare(http: Request, body: ChatBody, context: ServerContext) -> _Ca
     max_tokens = (
         body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     )
-    sampling = openai_sampling(body, max_tokens, len(ids), manager.limits, plan.schema)
+    samplings = openai_sampling(body, max_tokens, manager.limits, plan.schema)
     request = TextRequest(
         rid=body.rid or f"chatcmpl-{new_rid()}",
         input_ids=ids,
-        sampling=sampling,
+        sampling=samplings.for_prompt(len(ids)),
         logprobs=_options(body, len(ids)),
         logprob_text=True,
         extra_key=namespace,

@@ -6,8 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tca_runtime.sampling_params import SamplingParams
-from tca_runtime.server.sampling import build_sampling, check_int64
+from tca_runtime.server.sampling import SamplingTemplate, check_int64
 from tca_runtime.server.schemas import (
     JsonObject,
     OpenAIBody,
@@ -25,10 +24,9 @@ MAX_TOP_LOGPROBS = 20
 def openai_sampling(
     body: OpenAIBody,
     max_tokens: int | None,
-    prompt_tokens: int,
     limits: Limits,
     json_schema: str | JsonObject | None = None,
-) -> SamplingParams:
+) -> SamplingTemplate:
     """Sampling parameters of an OpenAI body.
 
     Parameters
@@ -65,7 +63,7 @@ def openai_sampling(
         ebnf=body.ebnf,
         custom_params=body.custom_params,
     )
-    return build_sampling(fields, prompt_tokens, limits)
+    return SamplingTemplate(fields, limits)
 
 
 def _schema_of(response_format: ResponseFormat | None) -> str | JsonObject | None:

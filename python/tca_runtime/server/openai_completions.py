@@ -104,10 +104,11 @@ async def _prepare(http: Request, body: CompletionBody, context: ServerContext) 
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     reply_id = body.rid or f"cmpl-{new_rid()}"
     prompts = _prompts(body)
+    samplings = openai_sampling(body, max_tokens, manager.limits)
     requests, texts = [], []
     for i, prompt in enumerate(prompts):
         ids = await prompt_ids(manager, prompt)
-        sampling = openai_sampling(body, max_tokens, len(ids), manager.limits)
+        sampling = samplings.for_prompt(len(ids))
         requests.append(
             TextRequest(
                 rid=reply_id if len(prompts) == 1 else f"{reply_id}_{i}",

@@ -14,8 +14,9 @@ from tca_runtime.server.errors import raise_if_failed
 from tca_runtime.server.sampling import check_token_ids
 from tca_runtime.server.schemas import GenerateBody, OpenAIBody
 from tca_runtime.server.sse import until_disconnect
+from tca_runtime.tokenizer.call_limits import MAX_CALL_OUTPUTS
 from tca_runtime.tokenizer.errors import RequestError
-from tca_runtime.tokenizer.manager import MAX_CALL_OUTPUTS, Limits, TokenizerManager
+from tca_runtime.tokenizer.manager import Limits, TokenizerManager
 from tca_runtime.tokenizer.state import RequestState, TextRequest
 
 # Logprobs per position, each way of asking.

@@ -24,18 +24,32 @@ _INT64 = range(-(2**63), 2**63)
 _DEFAULTS = SamplingParams()
 
 
-def build_sampling(body: SamplingBody, prompt_tokens: int, limits: Limits) -> SamplingParams:
-    """Sampling parameters of a request whose prompt has ``prompt_tokens`` tokens.
+class SamplingTemplate:
+    """Sampling parameters for any number of prompts, which share what does not depend on them.
 
     Raises
     ------
     RequestError
-        400 with the name of the field that is out of range.
+        400 with the name of the field that is out of range; from ``for_prompt`` as well.
     """
+
+    def __init__(self, body: SamplingBody, limits: Limits) -> None:
+        self._body = body
+        self._limits = limits
+        self._params = _without_lengths(body, limits)
+
+    def for_prompt(self, prompt_tokens: int) -> SamplingParams:
+        """The parameters of a request whose prompt has ``prompt_tokens`` tokens."""
+        max_new_tokens, min_new_tokens = _lengths(self._body, prompt_tokens, self._limits)
+        return msgspec.structs.replace(
+            self._params, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens
+        )
+
+
+def _without_lengths(body: SamplingBody, limits: Limits) -> SamplingParams:
     check_supported(body)
     if body.beam_width is not None and body.beam_width > 1:
         raise RequestError("beam search is not supported", param="beam_width")
-    max_new_tokens, min_new_tokens = _lengths(body, prompt_tokens, limits)
     stop_token_ids = tuple(i for i in body.stop_token_ids or () if i is not None)
     check_token_ids("stop_token_ids", stop_token_ids, limits)
     _require(
@@ -47,8 +61,6 @@ def build_sampling(body: SamplingBody, prompt_tokens: int, limits: Limits) -> Sa
     logit_bias = body.logit_bias or {}
     check_token_ids("logit_bias", logit_bias, limits)
     return SamplingParams(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
         temperature=_number("temperature", body.temperature, 0.0, float("inf")),
         top_p=_positive("top_p", body.top_p, 1.0),
         top_k=_top_k(body.top_k, limits),

@@ -36,12 +36,12 @@ from tca_runtime.messages import (
     ToScheduler,
     ToTokenizer,
 )
+from tca_runtime.tokenizer.call_limits import check_size
 from tca_runtime.tokenizer.chat import ChatTemplate
 from tca_runtime.tokenizer.detokenizer import TokenTable
 from tca_runtime.tokenizer.encode import Encoder
 from tca_runtime.tokenizer.errors import RequestError
 from tca_runtime.tokenizer.state import RequestState, TextRequest
-from tca_runtime.tokenizer.stops import check_call
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,6 @@ Observer = Callable[[RequestState, int], None]
 ControlAction = Literal["flush_cache", "state", "tree", "start_profile", "stop_profile"]
 
 _MAX_SEED = 2**63 - 1
-# Prompts times samples of one call; as many as the default queue holds.
-MAX_CALL_OUTPUTS = 4096
 
 
 @dataclass(frozen=True)
@@ -158,11 +156,7 @@ class TokenizerManager:
         if (reason := self._unavailable()) is not None:
             raise RequestError(reason, status=503)
         changed = asyncio.Event()
-        if (count := sum(request.sampling.n for request in requests)) > MAX_CALL_OUTPUTS:
-            raise RequestError(
-                f"the call asks for {count} outputs, the limit is {MAX_CALL_OUTPUTS}", param="n"
-            )
-        check_call(request.sampling for request in requests)
+        check_size(requests)
         outputs = [output for request in requests for output in _expand(request)]
         states = [
             RequestState(output, i, str(next(self._serial)), self.table, changed)

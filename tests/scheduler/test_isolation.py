@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.scheduler.fakes import Harness, expected_output
+from tests.scheduler.tiny_server import Server
+from tests.scheduler.tiny_server import prompt as random_prompt
 
 TENANTS = [None, "a", "b"]
 
@@ -63,3 +66,21 @@ def test_a_tenant_does_not_wait_for_anothers_prefix() -> None:
     harness.run()
     assert harness.outputs("other")[-1].cached_tokens == 0
     assert harness.outputs("same")[-1].cached_tokens == len(prompt) - 1
+
+
+@pytest.mark.parametrize("retention", ["immediate", "on-pressure", "never"])
+def test_a_limit_on_the_dropped_mass_drops_nothing_of_other_requests(retention: str) -> None:
+    """With a limit of 1 the view has 5 % of the prompt, and "immediate" drops all the rest."""
+    document = random_prompt(1, 1500)
+    question, other = random_prompt(2, 40), random_prompt(3, 40)
+    expected = Server(tca_retention=retention).ask(document + question)
+    server = Server(tca_retention=retention)
+    server.ask(document + other, max_dropped_mass=1.0)
+    server.submit("plain", document + question)
+    server.submit("same", document + question, max_dropped_mass=1.0)
+    server.run()
+    cached = {rid: server.last(rid).cached_tokens for rid in ("plain", "same")}
+    assert cached == {"plain": 0 if retention == "immediate" else 1500, "same": 1500}
+    if retention == "immediate":
+        assert server.tokens("plain") == expected
+        assert server.engine.cache.reclaimer.counts.pruned > 0

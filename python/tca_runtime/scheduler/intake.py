@@ -32,7 +32,7 @@ class Intake:
     Parameters
     ----------
     sparsity : the server's settings, None for full attention
-    drops : whether cached slots can be dropped, so that differently pruned prefixes must not mix
+    retention : when cached slots can be dropped, so that differently pruned prefixes must not mix
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class Intake:
         eos_ids: frozenset[int],
         seed: int | None,
         sparsity: SparsitySettings | None,
-        drops: bool,
+        retention: str,
     ) -> None:
         self._limits = limits
         self._eos_ids = eos_ids
         self._seeds = random.Random(seed)
         self._arrivals = itertools.count()
         self._sparsity = sparsity
-        self._drops = drops
+        self._retention = retention
 
     def build(self, message: GenerateRequest, waiting: WaitingQueue) -> Request:
         """The request; its ``finish`` is set when it must be refused.
@@ -86,9 +86,13 @@ class Intake:
 
     def _namespace(self, message: GenerateRequest, sparsity: RequestSparsity | None) -> Namespace:
         key = message.extra_key or ""
-        if not self._drops or sparsity is None:
+        if self._retention == "never" or sparsity is None:
             return Namespace(key, prunable=False)
-        return Namespace(f"{key}\0{sparsity.settings.fingerprint}", prunable=True)
+        name = f"{key}\0{sparsity.settings.fingerprint}"
+        if self._retention == "immediate" and sparsity.max_dropped_mass is not None:
+            # Its own limit says how much of what it shares with others a request drops.
+            name += f"\0{sparsity.max_dropped_mass}"
+        return Namespace(name, prunable=True)
 
     def _refusal(
         self, message: GenerateRequest, num_prompt: int, room: int, waiting: WaitingQueue

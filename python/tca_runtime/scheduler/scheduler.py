@@ -101,7 +101,7 @@ class Scheduler:
             self._eos_ids,
             config.scheduler.random_seed,
             engine.sparsity,
-            drops=self._retention != "never",
+            self._retention,
         )
         self._deadlines = Deadlines(config.scheduler)
         self._control = ControlHandler(self, engine, config)

@@ -28,6 +28,7 @@ from tca_runtime.messages import (
 from tca_runtime.sampling_params import Grammar, SamplingParams
 from tca_runtime.scheduler.scheduler import Scheduler
 from tca_runtime.sparsity.chooser import DecodeView
+from tca_runtime.sparsity.settings import SparsitySettings
 
 LAYERS, HEADS = 2, 1
 ROWS = LAYERS * HEADS
@@ -155,7 +156,8 @@ class FakeEngine:
     """Stores each token's id as its key and predicts from the ids its view reads back.
 
     ``is_asynchronous`` makes it one whose tokens come later: the order of what happens to memory
-    is that of a device with one stream. Freed slots are overwritten at once.
+    is that of a device with one stream. Freed slots are overwritten at once. ``sparsity`` tells the
+    scheduler of a selection; nothing is selected.
     """
 
     def __init__(
@@ -164,6 +166,7 @@ class FakeEngine:
         max_requests: int,
         share_prefixes: bool = True,
         is_asynchronous: bool = False,
+        sparsity: SparsitySettings | None = None,
     ) -> None:
         cpu = torch.device("cpu")
         pool = SlotPool(capacity_tokens * ROWS + 1, 1, torch.float32, cpu)
@@ -171,7 +174,7 @@ class FakeEngine:
         views = ViewTable(max_requests, LAYERS, HEADS, arena, cpu)
         self.cache = CacheManager(pool, views, share_prefixes)
         self.model_config = SimpleNamespace(eos_token_ids=(EOS,))
-        self.sparsity = None
+        self.sparsity = sparsity
         self.is_asynchronous = is_asynchronous
         self.tokens = torch.zeros(max_requests + 1, dtype=torch.int64)
         self.steps: list[StepInput] = []
@@ -288,11 +291,15 @@ class Harness(InMemoryScheduler):
         capacity_tokens: int = 100,
         context: int = 1000,
         is_asynchronous: bool = False,
+        sparsity: SparsitySettings | None = None,
         **args: Any,
     ) -> None:
         settings = SchedulerArgs(**{"max_running_requests": 4, **args})
         engine = FakeEngine(
-            capacity_tokens, settings.max_running_requests, is_asynchronous=is_asynchronous
+            capacity_tokens,
+            settings.max_running_requests,
+            is_asynchronous=is_asynchronous,
+            sparsity=sparsity,
         )
         self.grammars = FakeGrammars()
         super().__init__(RuntimeConfig(scheduler=settings), engine, self.grammars, context)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from tca_runtime.config import SchedulerArgs
 from tca_runtime.scheduler.pace import MIN_CHUNK, PrefillPace
-from tca_runtime.scheduler.request import Request
-from tests.scheduler.fakes import EOS, Harness, expected_output
+from tca_runtime.sparsity.budget import BudgetTable
+from tca_runtime.sparsity.policies import create_policy
+from tca_runtime.sparsity.settings import SparsitySettings
+from tests.scheduler.fakes import EOS, HEADS, LAYERS, Harness, expected_output
 
 BUDGET, CHUNK = 8, 64
+TABLE = BudgetTable.uniform(0.5, LAYERS, HEADS, block=4)
+# No prompt here is long enough for its default window.
+SHORT = SparsitySettings(create_policy("tca"), TABLE, TABLE)
+# Selections begin at token 16 and take 16 tokens.
+SELECTING = replace(SHORT, window=4, min_candidates=4, probes=4, granularity=16)
 
 
 def endless(length: int) -> list[int]:
@@ -18,10 +28,23 @@ def endless(length: int) -> list[int]:
 
 
 @pytest.fixture
-def harness(monkeypatch: pytest.MonkeyPatch) -> Harness:
-    """With a stream that decodes, and a pace that is known."""
+def known_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefillPace, "budget", lambda self, decoding: BUDGET if decoding else CHUNK)
-    made = Harness(capacity_tokens=800, chunked_prefill_size=CHUNK)
+
+
+@pytest.fixture(params=[None, SHORT], ids=["full", "selection"])
+def harness(request: pytest.FixtureRequest, known_pace: None) -> Harness:
+    return streaming(request.param)
+
+
+@pytest.fixture
+def selecting(known_pace: None) -> Harness:
+    return streaming(SELECTING)
+
+
+def streaming(sparsity: SparsitySettings | None) -> Harness:
+    """With a stream that decodes."""
+    made = Harness(capacity_tokens=800, sparsity=sparsity, chunked_prefill_size=CHUNK)
     made.submit("stream", endless(60), 60)
     for _ in range(3):
         made.scheduler.run_once()
@@ -47,16 +70,50 @@ def test_a_long_prompt_is_cut_to_the_pace_and_the_stream_never_waits(harness: Ha
     assert harness.tokens("short") == expected_output([8] * 20, 2)
 
 
-def test_chunks_that_cannot_be_cut_come_one_by_one(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
+def spans(harness: Harness, first: int) -> list[tuple[int, int, bool]]:
+    """Begin, end and ``sees_past`` of the chunks of the prompt that consists of ``first``."""
+    chunks = [c for s in harness.engine.steps for c in s.chunks if c.tokens[0] == first]
+    ends = np.cumsum([len(c.tokens) for c in chunks]).tolist()
+    return [(end - len(c.tokens), end, c.sees_past) for c, end in zip(chunks, ends, strict=True)]
+
+
+def test_only_chunks_that_select_are_computed_whole_and_they_come_one_by_one(
+    selecting: Harness,
 ) -> None:
-    monkeypatch.setattr(Request, "chunk_quantum", property(lambda self: 16))
     for i in range(3):
-        harness.submit(f"r{i}", [20 + i] * 40, 2)
-    harness.run()
-    mixed = [chunks for decoding, chunks in sizes(harness) if chunks and decoding]
-    assert sorted(size for chunks in mixed for size in chunks) == [8] * 3 + [16] * 6
-    assert all(chunks in ([16], [8]) for chunks in mixed)
+        selecting.submit(f"r{i}", [20 + i] * 40, 2)
+    selecting.run()
+    mixed = [chunks for decoding, chunks in sizes(selecting) if chunks and decoding]
+    assert all(sum(chunks) <= BUDGET or chunks == [16] for chunks in mixed)
+    assert sum(map(sum, mixed)) == 120
+    for i in range(3):
+        cut = spans(selecting, 20 + i)
+        assert all(end <= 16 for _, end, sees_past in cut if sees_past)
+        assert [span for span in cut if not span[2]] == [(16, 32, False), (32, 40, False)]
+        assert selecting.tokens(f"r{i}") == expected_output([20 + i] * 40, 2)
+
+
+def test_the_queries_that_choose_a_decode_view_stay_together(known_pace: None) -> None:
+    for length in range(9, 33):
+        busy = streaming(replace(SELECTING, granularity=CHUNK))
+        busy.submit("r", [20] * length, 2)
+        busy.run()
+        cut = spans(busy, 20)
+        assert cut[-1][1] == length and all(sees_past for *_, sees_past in cut)
+        assert all(end - begin <= BUDGET for begin, end, _ in cut)
+        assert cut[-1][1] - cut[-1][0] >= 4
+
+
+def test_more_probes_than_the_pace_allows_are_computed_at_once(known_pace: None) -> None:
+    busy = streaming(replace(SELECTING, granularity=CHUNK, probes=12))
+    busy.submit("r", [20] * 30, 2)
+    busy.run()
+    assert [(begin, end) for begin, end, _ in spans(busy, 20)] == [
+        (0, 8),
+        (8, 16),
+        (16, 18),
+        (18, 30),
+    ]
 
 
 def test_an_idle_server_takes_whole_chunks(harness: Harness) -> None:

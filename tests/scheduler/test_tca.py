@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tca_runtime.cache.sequence import Sequence
 from tca_runtime.messages import Control, ControlReply, FinishReason
+from tca_runtime.scheduler.pace import PrefillPace
 from tests.scheduler.tiny_server import WINDOW, Server, prompt
 
 
@@ -213,7 +214,7 @@ def test_retracted_requests_resume_right() -> None:
         got = crowded.tokens(f"r{i}")
         assert len(got) == 200
         # A resumed request selects anew, with later queries: the same start, then its own way.
-        assert got[:60] == alone[i][:60]
+        assert got[:50] == alone[i][:50]
 
 
 def test_no_more_queries_than_the_granularity_share_a_selection(
@@ -235,6 +236,32 @@ def test_no_more_queries_than_the_granularity_share_a_selection(
     sizes.clear()
     server.ask(prompt(2, 5000), 1, tca=False)
     assert sizes == [5000]
+
+
+@pytest.mark.parametrize("length", [250, 700])
+@pytest.mark.parametrize("cached", [0, 200])
+def test_a_selection_does_not_depend_on_what_else_is_computed(
+    monkeypatch: pytest.MonkeyPatch, length: int, cached: int
+) -> None:
+    """Selections begin at 256; whatever is cut before that, or cached, each query sees it all."""
+    text = prompt(1, length)
+    alone = Server()
+    alone.submit("r", text)
+    alone.run()
+    monkeypatch.setattr(PrefillPace, "budget", lambda self, decoding: 24 if decoding else 256)
+    busy = Server()
+    if cached:
+        busy.ask(text[:cached], 1)
+    busy.submit("stream", prompt(2, 20), 100)
+    busy.scheduler.run_once()
+    busy.submit("r", text)
+    busy.run()
+    assert busy.last("r").cached_tokens == cached
+    assert busy.tokens("r") == alone.tokens("r")
+    here, there = busy.last("r").tca, alone.last("r").tca
+    assert here is not None and there is not None
+    assert here.pop("dropped_mass") == pytest.approx(there.pop("dropped_mass"), rel=1e-3)
+    assert here == there
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "keydiff", "expected-attention", "streaming"])

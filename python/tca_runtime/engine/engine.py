@@ -167,7 +167,9 @@ class Engine:
         if chunk.sparsity is None:
             return None
         parts = self.cache.parts(chunk.sequence)
-        return ChunkSelection.plan(chunk.sparsity, parts, len(chunk.tokens), chunk.ends_prompt)
+        return ChunkSelection.plan(
+            chunk.sparsity, parts, len(chunk.tokens), chunk.ends_prompt, chunk.sees_past
+        )
 
     def _forward(
         self, step: StepInput, selection: StepSelection | BatchedSelection | None

@@ -45,6 +45,7 @@ class ChunkInput:
     sparsity : how the chunk's view and, after the last chunk, the decode view are selected; None
         for full attention
     ends_prompt : no more prompt tokens follow
+    sees_past : the chunk attends to everything before it, whatever ``sparsity`` says
     """
 
     sequence: Sequence
@@ -56,6 +57,7 @@ class ChunkInput:
     prompt_targets: Tokens | None = None
     sparsity: RequestSparsity | None = None
     ends_prompt: bool = True
+    sees_past: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tca_runtime.config import SchedulerArgs
 from tca_runtime.messages import FinishReason
 from tca_runtime.scheduler.pace import PrefillPace
 from tca_runtime.scheduler.request import Request
+from tca_runtime.scheduler.stretches import stretch_at
 from tca_runtime.scheduler.waiting import WaitingQueue, find_prefix
 
 logger = logging.getLogger(__name__)
@@ -28,12 +29,13 @@ WORTH_WAITING = 64
 
 @dataclass(frozen=True)
 class PlannedChunk:
-    """Prompt tokens ``[begin, end)`` of a request, with slots taken."""
+    """Prompt tokens ``[begin, end)`` of a request, with slots taken; see ``Stretch.sees_past``."""
 
     request: Request
     begin: int
     end: int
     slots: Tensor
+    sees_past: bool
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ class StepPlanner:
                 continue
             slots = self._cache.recompute_tail(request.sequence, count)
             end = request.num_tokens
-            chunks.append(PlannedChunk(request, end - count, end, slots))
+            sees_past = stretch_at(request, end - count, self._chunk).sees_past
+            chunks.append(PlannedChunk(request, end - count, end, slots, sees_past))
             self.running.remove(request)
             self.prefilling.append(request)
 
@@ -168,17 +171,16 @@ class StepPlanner:
         """Plan the next tokens of an admitted request; returns how many."""
         assert request.sequence is not None
         begin = request.sequence.computed
-        count = min(request.missing, budget, self._cache.available_tokens)
-        if request.chunk_quantum is not None:
-            quantum = min(request.chunk_quantum, self._chunk)
-            whole = min(request.missing, quantum - begin % quantum)
-            # It cannot be cut, so the first one of a step may exceed the budget.
-            room = count if chunks else min(whole, self._cache.available_tokens)
-            count = whole if whole <= room else 0
+        stretch = stretch_at(request, begin, self._chunk)
+        whole, available = stretch.end - begin, self._cache.available_tokens
+        # What cannot be cut may exceed the budget if it comes first in a step.
+        may_exceed = stretch.last_cut == begin and not chunks
+        room = available if may_exceed else min(budget, available)
+        count = whole if whole <= room else min(room, stretch.last_cut - begin)
         if count <= 0:
             return 0
         slots = self._cache.extend(request.sequence, count)
-        chunks.append(PlannedChunk(request, begin, begin + count, slots))
+        chunks.append(PlannedChunk(request, begin, begin + count, slots, stretch.sees_past))
         return count
 
     def _admit(self, budget: int, chunks: list[PlannedChunk]) -> None:

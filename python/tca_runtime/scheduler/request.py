@@ -132,15 +132,6 @@ class Request:
         return max(self.num_tokens - probes, 0)
 
     @property
-    def chunk_quantum(self) -> int | None:
-        """Prompt chunks end at multiples of this, or at the prompt's end; None for anywhere.
-
-        Where a chunk ends decides which queries select its view. That must not depend on what
-        else is in the batch.
-        """
-        return None if self.sparsity is None else self.sparsity.settings.granularity
-
-    @property
     def needs_refresh(self) -> bool:
         """Whether so many tokens were generated that the decode view is to be selected anew."""
         if self.sparsity is None or self.selected_at is None:

@@ -217,6 +217,7 @@ class Scheduler:
             prompt_targets=targets,
             sparsity=request.sparsity,
             ends_prompt=chunk.end == request.num_tokens,
+            sees_past=chunk.sees_past,
         )
 
     def _settle(self) -> None:

@@ -58,8 +58,12 @@ class BatchedChunk:
         end = work.lists.end
         self._num_tokens = end
         cuts = _cuts(end - work.num_tokens, end, settings.granularity)
+
+        def candidates(past: int) -> int:
+            return 0 if work.sees_past else settings.num_candidates(past)
+
         self.pieces = [
-            Piece(token_start + a - cuts[0], a, b, settings.num_candidates(a))
+            Piece(token_start + a - cuts[0], a, b, candidates(a))
             for a, b in zip(cuts, cuts[1:], strict=False)
         ]
         self._num_decode = work.decode.num_candidates if work.decode is not None else 0

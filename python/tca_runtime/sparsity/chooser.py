@@ -51,7 +51,8 @@ class ChunkSelection:
     ----------
     lists : everything that exists of the request, the chunk's tokens included
     num_tokens : length of the chunk
-    prefill : candidates for the chunk's own view, None when it sees its whole past
+    prefill : candidates for the chunk's own view, None when its first query sees its whole past
+    sees_past : whether all its queries do
     decode : candidates for the decode view, on a prompt's last chunk
     """
 
@@ -60,24 +61,29 @@ class ChunkSelection:
     num_tokens: int
     prefill: Layout | None
     decode: Layout | None
+    sees_past: bool = False
     scored: list[tuple[Candidates, Tensor]] = field(default_factory=list)
 
     @staticmethod
     def plan(
-        request: RequestSparsity, parts: Sequence[HeadSlots], num_tokens: int, is_last: bool
+        request: RequestSparsity,
+        parts: Sequence[HeadSlots],
+        num_tokens: int,
+        is_last: bool,
+        sees_past: bool = False,
     ) -> ChunkSelection | None:
         """None when nothing is long enough to be dropped."""
         settings = request.settings
         lists = HeadSlots.concat(parts)
         layouts: list[Layout | None] = []
-        for past, wanted in ((lists.end - num_tokens, True), (lists.end, is_last)):
+        for past, wanted in ((lists.end - num_tokens, not sees_past), (lists.end, is_last)):
             layout = None
             if wanted and (limit := settings.num_candidates(past)):
                 layout = Layout.of(parts, limit, settings.block)
             layouts.append(layout if layout is not None and layout.num_candidates else None)
         if layouts == [None, None]:
             return None
-        return ChunkSelection(request, lists, num_tokens, layouts[0], layouts[1])
+        return ChunkSelection(request, lists, num_tokens, layouts[0], layouts[1], sees_past)
 
 
 @dataclass(frozen=True, eq=False)

@@ -141,6 +141,11 @@ class SparsitySettings:
         count = max(0, num_past - self.window) // self.block * self.block
         return count if count >= self.min_candidates else 0
 
+    def first_selection(self, quantum: int) -> int:
+        """The first multiple of ``quantum`` with tokens before it that may be dropped."""
+        blocks = max(1, -(-self.min_candidates // self.block))
+        return -(-(self.window + blocks * self.block) // quantum) * quantum
+
     @property
     def fingerprint(self) -> str:
         """Names everything that decides what a cache pruned under these settings holds."""

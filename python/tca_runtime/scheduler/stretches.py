@@ -1,0 +1,44 @@
+"""Where a prompt may be cut into chunks.
+
+What is computed must not depend on what else is in the batch. Queries that see their whole past
+may be computed in any chunks; those that share a selection may not, because the last of them
+choose for all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tca_runtime.scheduler.request import Request
+
+
+class Stretch(NamedTuple):
+    """Prompt tokens up to ``end``, from which the next chunk is taken.
+
+    A chunk ends at ``last_cut`` at most, or else takes them all. ``sees_past``: its queries see
+    everything before them.
+    """
+
+    end: int
+    last_cut: int
+    sees_past: bool
+
+
+def stretch_at(request: Request, begin: int, largest: int) -> Stretch:
+    """What begins at a prompt's token ``begin``, where chunks have ``largest`` tokens at most.
+
+    Selections begin at multiples of a quantum. A prompt's first tokens come before any of them, so
+    they are cut at will. Not so the last ones of a prompt: they choose its decode view.
+    """
+    end = request.num_tokens
+    if request.sparsity is None:
+        return Stretch(end, end, True)
+    settings = request.sparsity.settings
+    quantum = min(settings.granularity, largest)
+    first = settings.first_selection(quantum)
+    if begin >= first:
+        return Stretch(min(end, begin - begin % quantum + quantum), begin, False)
+    if first < end:
+        return Stretch(first, first, True)
+    uncut = settings.probes if settings.num_candidates(end) else 0
+    return Stretch(end, max(begin, end - uncut), True)

@@ -37,7 +37,7 @@ from tca_runtime.messages import (
 DEFAULT_ANSWER = "hello world, the quick brown fox"
 CONTEXT_LENGTH = 512
 SCRIPT = ("answer", "per_message", "delay", "error", "hang", "tca")
-STATE = {
+STATE: dict[str, Any] = {
     "num_running_reqs": 2,
     "max_running_requests": 64,
     "num_waiting_reqs": 1,
@@ -78,6 +78,8 @@ class FakeScheduler:
     """Runs in a thread until ``stop``. ``received`` and ``aborted`` are what it was told.
 
     While ``silent`` is set it sends no heartbeats, while ``deaf`` is set it answers no controls.
+    While ``full`` is set it refuses new requests, while ``starving`` is set it lets them wait.
+    While ``stepping`` is set every heartbeat tells of one more step.
     """
 
     def __init__(
@@ -88,6 +90,9 @@ class FakeScheduler:
         self.controls: list[Control] = []
         self.silent = threading.Event()
         self.deaf = threading.Event()
+        self.full = threading.Event()
+        self.starving = threading.Event()
+        self.stepping = threading.Event()
         self._tokenizer = tokenizer
         self._context = zmq.Context()
         self._inbox: Receiver[ToScheduler] = Receiver(self._context, inbox_address, ToScheduler)
@@ -96,6 +101,7 @@ class FakeScheduler:
         self._stopping = threading.Event()
         self._death: str | None = None
         self._last_beat = 0.0
+        self._num_steps: int = STATE["num_steps"]
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -122,12 +128,18 @@ class FakeScheduler:
             self._step()
             if not self.silent.is_set() and time.monotonic() - self._last_beat > 0.1:
                 self._last_beat = time.monotonic()
-                self._outbox.send(Heartbeat(state=STATE))
+                self._num_steps += self.stepping.is_set()
+                self._outbox.send(Heartbeat(state={**STATE, "num_steps": self._num_steps}))
 
     def _handle(self, message: ToScheduler) -> None:
         if isinstance(message, GenerateRequest):
             self.received.append(message)
-            self._active[message.rid] = self._script(message)
+            if self.full.is_set():
+                reason = FinishReason("abort", message="the queue is full", status=503)
+                output = TokenOutput(rid=message.rid, token_ids=[], finish=reason)
+                self._outbox.send(TokenBatch(outputs=[output]))
+            elif not self.starving.is_set():
+                self._active[message.rid] = self._script(message)
         elif isinstance(message, AbortRequest):
             self.aborted.append(message.rid)
             for rid, script in self._active.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -10,8 +9,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.server.context import ServerContext, json_response
+from tca_runtime.server.health import check_generation
 from tca_runtime.server.loads import loads_report, router_load
 from tca_runtime.server.metrics import scheduler_metrics
 from tca_runtime.server.openapi import describe, list_of
@@ -23,11 +22,8 @@ from tca_runtime.server.replies import (
     RouterLoad,
     ServerInfo,
 )
-from tca_runtime.server.requests import finished_outputs, new_rid
 from tca_runtime.tokenizer.errors import RequestError
-from tca_runtime.tokenizer.state import TextRequest
 
-_DEEP_HEALTH_SECONDS = 20.0
 _STATE_SECONDS = 5.0
 _MAX_TREE_NODES = 100_000
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
@@ -43,13 +39,9 @@ def info_router(context: ServerContext) -> APIRouter:
         reason = manager.unhealthy()
         return Response(reason or "", 503 if reason else 200, media_type="text/plain")
 
-    @router.get("/health_generate", **describe("Whether a token can be generated"))
+    @router.get("/health_generate", **describe("Whether tokens are generated"))
     async def health_generate(http: Request) -> Response:
-        try:
-            async with asyncio.timeout(_DEEP_HEALTH_SECONDS):
-                await finished_outputs(http, manager, [_health_request()])
-        except TimeoutError:
-            raise RequestError("no token came in time", status=503) from None
+        await check_generation(http, manager)
         return Response(status_code=200)
 
     @router.get("/metrics", **describe("Prometheus metrics", text=True))
@@ -109,11 +101,6 @@ def info_router(context: ServerContext) -> APIRouter:
         return json_response(report)
 
     return router
-
-
-def _health_request() -> TextRequest:
-    sampling = SamplingParams(max_new_tokens=1, temperature=0.0)
-    return TextRequest(rid=f"health-{new_rid()}", input_ids=[0], sampling=sampling)
 
 
 def _model_card(context: ServerContext) -> dict[str, Any]:

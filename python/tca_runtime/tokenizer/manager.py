@@ -79,6 +79,7 @@ class TokenizerManager:
     failure : why the scheduler is gone, None while it is there.
     draining : whether the server is about to end: what is open goes on, nothing new is taken.
     scheduler_state : the latest heartbeat's figures.
+    tokens_received : of all requests, since the start.
     observer : told of every change of an output.
     """
 
@@ -100,6 +101,7 @@ class TokenizerManager:
         self.encoder = Encoder(tokenizer)
         self.chat_template = ChatTemplate(tokenizer)
         self.scheduler_state: dict[str, Any] = {}
+        self.tokens_received = 0
         self.failure: str | None = None
         self.draining = False
         self.observer: Observer = _ignore
@@ -315,6 +317,7 @@ class TokenizerManager:
                 self.fail(reason or traceback)
 
     def _take(self, output: TokenOutput) -> None:
+        self.tokens_received += len(output.token_ids)
         state = self._states.get(output.rid)
         if state is None:
             return

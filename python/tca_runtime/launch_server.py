@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -105,7 +105,19 @@ def socket_directory() -> Iterator[Path]:
 
 
 class HttpServer(uvicorn.Server):
-    """Leaves signals to the launcher: uvicorn would raise them again after its own shutdown."""
+    """Leaves signals to the launcher: uvicorn would raise them again after its own shutdown.
+
+    ``on_listening`` is called once connections are accepted.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_listening = on_listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_listening()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -157,13 +169,13 @@ class Launcher:
         level = "debug" if config.server.log_level == "debug" else "warning"
         app = build_app(config, manager)
         server = HttpServer(
-            uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=FLUSH_SECONDS)
+            uvicorn.Config(app, log_level=level, timeout_graceful_shutdown=FLUSH_SECONDS),
+            lambda: _print_ready(config, manager.served_model_name),
         )
         tasks = [
             asyncio.create_task(self._supervise(life, manager, server)),
             asyncio.create_task(self._drain(manager, server)),
         ]
-        _print_ready(config, manager.served_model_name)
         await server.serve(sockets=[self._listener])
         for task in tasks:
             task.cancel()

@@ -19,6 +19,13 @@ pytestmark = pytest.mark.slow
 Launch = Callable[..., Launched]
 
 FAULTY = str(Path(__file__).with_name("faulty_server.py"))
+CONNECTING = str(Path(__file__).with_name("connecting_server.py"))
+
+
+def test_the_first_connection_after_the_ready_line_is_accepted(launch: Launch) -> None:
+    server = launch(program=(CONNECTING,), ready=False)
+    server.wait_until(lambda: "The server is ready" in server.printed)
+    assert server.health() == 200
 
 
 def test_killed_scheduler_fails_open_requests_and_ends_the_launcher(launch: Launch) -> None:

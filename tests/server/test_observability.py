@@ -18,7 +18,8 @@ from tca_runtime.server.loads import SECTIONS
 from tca_runtime.server.metrics import STAGES
 from tca_runtime.server.replies import Load
 from tests.server.fake_scheduler import STATE
-from tests.server.harness import MODEL, Server, eventually
+from tests.server.harness import MODEL, Server, eventually, running_server
+from tests.server.test_auth import HELLO
 from tests.server.test_native import script
 
 DASHBOARD = Path(__file__).parents[2] / "examples" / "monitoring" / "grafana-dashboard.json"
@@ -113,6 +114,64 @@ def test_selection_and_phases_are_counted_per_request(used_server: Server) -> No
     latencies = change("sglang:e2e_request_latency_seconds_sum")
     assert latencies >= reply["meta_info"]["e2e_latency"]
     assert stages <= latencies + 0.01
+
+
+CHAT = "/v1/chat/completions"
+REFUSED: list[tuple[int, str, dict[str, Any]]] = [
+    (400, "/generate", {"text": 5}),
+    (400, "/generate", {"text": "a", "sampling_params": {"temperature": -1}}),
+    (400, "/generate", {"text": ["a", "b"], "sampling_params": script(error=[400, "no"])}),
+    (400, CHAT, {"messages": [{"role": "user", "content": 5}]}),
+    (400, CHAT, {"messages": HELLO, "chat_template_kwargs": {"tokenize": 1}}),
+    (503, CHAT, {"messages": HELLO, "stream": True, **script(error=[503, "full"])}),
+    (413, "/generate", {"text": "x" * 3000}),
+    (404, "/nowhere", {}),
+    (405, "/health", {}),
+]
+
+
+def refusals(server: Server) -> dict[str, float]:
+    found = samples(server).get("tca:refused_requests_total", [])
+    return {s.labels["status"]: s.value for s in found}
+
+
+@pytest.mark.parametrize(("status", "path", "body"), REFUSED)
+def test_every_refusal_is_counted_once(status: int, path: str, body: dict[str, Any]) -> None:
+    with running_server(max_body_bytes=2000) as server:
+        assert server.post(path, body).status_code == status
+        assert refusals(server) == {str(status): 1}
+
+
+def test_refusals_of_keys_of_a_server_that_ends_and_of_a_crash_are_counted() -> None:
+    with running_server(api_key="key") as server:
+        key = {"Authorization": "Bearer key"}
+        assert server.post("/generate", {"text": "a"}).status_code == 401
+        server.manager.chat_template = None  # type: ignore[assignment]
+        assert server.post(CHAT, {"messages": HELLO}, headers=key).status_code == 500
+        server.manager.draining = True
+        assert server.post("/generate", {"text": "a"}, headers=key).status_code == 503
+        assert refusals(server) == {"401": 1, "500": 1, "503": 1}
+
+
+def test_a_stream_that_breaks_off_is_counted_once_and_an_abort_is_none(
+    own_server: Server,
+) -> None:
+    params = script(answer="hello " * 100, delay=0.01, max_new_tokens=400)
+    body = {"text": "a", "rid": "r", "stream": True, "sampling_params": params}
+    with own_server.post("/generate", body, stream=True) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        own_server.post("/abort_request", {"rid": "r"})
+        assert b"data: [DONE]" in list(lines)
+    assert refusals(own_server) == {}
+    with own_server.post("/generate", {**body, "text": ["a", "b"]}, stream=True) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        own_server.scheduler.die("KeyError: 3")
+        assert any(b'"code":503' in line for line in lines)
+    assert refusals(own_server) == {"503": 1}
+    assert own_server.post("/generate", {"text": "a"}).status_code == 503
+    assert refusals(own_server) == {"503": 2}
 
 
 def test_every_panel_of_the_dashboard_shows_metrics_that_exist(used_server: Server) -> None:

@@ -46,7 +46,7 @@ def build_app(config: RuntimeConfig, manager: TokenizerManager) -> FastAPI:
     context = ServerContext(config, manager, metrics)
     for router in ROUTERS:
         app.include_router(router(context))
-    install_error_handlers(app)
+    install_error_handlers(app, metrics.count_refusal)
     install_openapi(app)
     if config.server.api_key or config.server.admin_api_key:
         app.add_middleware(ApiKeyMiddleware, args=config.server)

@@ -46,7 +46,7 @@ class ApiKeyMiddleware:
             text = "the API key is missing or wrong"
             if accepted is self._admin and any(hmac.compare_digest(given, k) for k in self._keys):
                 text = "this route needs the admin key"
-            response = error_response(scope["path"], text, 401)
+            response = error_response(scope, text, 401)
             await response(scope, receive, send)
             return
         scope.setdefault("state", {})["api_key"] = hashlib.sha256(given).hexdigest()[:16]

@@ -1,14 +1,16 @@
-"""Errors as clients see them."""
+"""Errors as clients see them, and the one place where they are counted."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from tca_runtime.tokenizer.errors import RequestError
 from tca_runtime.tokenizer.state import RequestState
@@ -54,8 +56,16 @@ def openai_error(message: str, status: int, param: str | None = None) -> dict[st
     }
 
 
-def error_response(path: str, message: str, status: int, param: str | None = None) -> Response:
-    if path == "/generate":
+def stream_error(scope: Scope, message: str, status: int) -> dict[str, Any]:
+    """Body of the event that a stream breaks off with."""
+    _count(scope, status)
+    return native_error(message, status)
+
+
+def error_response(scope: Scope, message: str, status: int, param: str | None = None) -> Response:
+    """The reply to a request that is refused or has failed."""
+    _count(scope, status)
+    if scope["path"] == "/generate":
         body = native_error(message, status)
     else:
         body = openai_error(message, status, param)
@@ -70,37 +80,42 @@ def raise_if_failed(state: RequestState) -> None:
         raise RequestError(finish.message, status=finish.status)
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Turn exceptions of routes into replies."""
+def _count(scope: Scope, status: int) -> None:
+    scope["app"].state.on_refusal(status)
+
+
+def install_error_handlers(app: FastAPI, on_refusal: Callable[[int], None]) -> None:
+    """Turn exceptions of routes into replies. ``on_refusal`` is told the status of each error."""
+    app.state.on_refusal = on_refusal
 
     async def on_request_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
         reason = error.message[:_MAX_LOGGED]
         fields = {"path": request.url.path, "status": error.status, "reason": reason}
         logger.info("request refused", extra={"fields": fields})
-        return error_response(request.url.path, error.message, error.status, error.param)
+        return error_response(request.scope, error.message, error.status, error.param)
 
     async def on_bad_query(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         name = str(first["loc"][-1])
-        return error_response(request.url.path, f"{name}: {first['msg']}", 400, name)
+        return error_response(request.scope, f"{name}: {first['msg']}", 400, name)
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return error_response(request.url.path, message, error.status_code)
+        return error_response(request.scope, message, error.status_code)
 
     async def on_recursion(request: Request, error: Exception) -> Response:
         # Only what a client sent can be nested so deeply.
-        return error_response(request.url.path, "the request is nested too deeply", 400)
+        return error_response(request.scope, "the request is nested too deeply", 400)
 
     async def on_client_gone(request: Request, error: Exception) -> Response:
         return Response(status_code=ABORTED)
 
     async def on_crash(request: Request, error: Exception) -> Response:
         logger.error("%s %s", request.method, request.url.path, exc_info=error)
-        return error_response(request.url.path, "internal server error", 500)
+        return error_response(request.scope, "internal server error", 500)
 
     app.add_exception_handler(RequestError, on_request_error)
     app.add_exception_handler(RequestValidationError, on_bad_query)

@@ -68,7 +68,7 @@ class Metrics:
         self._stages = {stage: stages.labels(model, stage) for stage in STAGES}
         self._errors = Counter(
             "tca:refused_requests",
-            "requests that ended with an error, by HTTP status",
+            "calls that ended with an error, by HTTP status",
             ["model_name", "status"],
             registry=self._registry,
         )
@@ -96,8 +96,6 @@ class Metrics:
         assert finish is not None
         self._requests.inc()
         self._aborted.inc(finish.type == "abort")
-        if finish.status >= 400:
-            self._errors.labels(self._manager.served_model_name, finish.status).inc()
         self._prompt_tokens.inc(state.prompt_tokens)
         self._cached_tokens.inc(state.cached_tokens)
         self._e2e.observe(state.latency)
@@ -109,6 +107,10 @@ class Metrics:
             self._kept.observe(report["kept_ratio"])
         if "dropped_mass" in report:
             self._dropped.observe(report["dropped_mass"])
+
+    def count_refusal(self, status: int) -> None:
+        """Take an error reply, or the error event of a stream; see ``errors.py``."""
+        self._errors.labels(self._manager.served_model_name, status).inc()
 
     def render(self) -> bytes:
         """The exposition text."""

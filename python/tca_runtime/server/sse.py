@@ -12,7 +12,7 @@ import msgspec
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from tca_runtime.server.errors import ClientGone, native_error
+from tca_runtime.server.errors import ClientGone, stream_error
 from tca_runtime.tokenizer.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -59,11 +59,11 @@ async def stream_reply(request: Request, events: AsyncGenerator[bytes, None]) ->
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(_guarded(first, events))
+    return EventStream(_guarded(first, events, request.scope))
 
 
 async def _guarded(
-    first: bytes, events: AsyncGenerator[bytes, None]
+    first: bytes, events: AsyncGenerator[bytes, None], scope: Scope
 ) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
         yield first
@@ -71,10 +71,10 @@ async def _guarded(
             async for chunk in events:
                 yield chunk
         except RequestError as error:
-            yield event(native_error(error.message, error.status))
+            yield event(stream_error(scope, error.message, error.status))
         except Exception:
             logger.exception("a stream broke off")
-            yield event(native_error("internal server error", 500))
+            yield event(stream_error(scope, "internal server error", 500))
         yield DONE
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from tca_runtime.calibration.data import CalibrationData
 from tca_runtime.calibration.options import DEFAULT_DATA
+from tca_runtime.config import SparsityArgs
 from tca_runtime.sparsity import load
-from tca_runtime.sparsity.settings import CalibrationFile, ModelIdentity
+from tca_runtime.sparsity.settings import CalibrationFile, ConfigurationError, ModelIdentity
 
 CONFIGS = sorted((Path(load.__file__).parent / "configs").glob("*.json"))
 THRESHOLDS = [0.6, 0.8, 0.9, 0.95]
@@ -59,3 +60,14 @@ def test_configuration_is_found_and_says_what_it_keeps(path: Path, data: Calibra
     for budget in (found.prefill, found.decode):
         table = budget.table(found.block)
         np.testing.assert_allclose(table.keep_ratio, budget.keep_ratio, atol=1e-5)
+
+
+@pytest.mark.skipif(not CONFIGS, reason="no configuration is shipped yet")
+def test_a_threshold_that_a_known_model_has_not_is_refused_with_those_it_has() -> None:
+    found = CalibrationFile.load(CONFIGS[0])
+    known = ModelIdentity(found.fingerprint, found.num_layers, found.num_kv_heads, found.head_dim)
+    with pytest.raises(ConfigurationError, match=r"--tca-threshold 0.7.* 0.6, 0.8, 0.9, 0.95$"):
+        load.load_settings(SparsityArgs(tca_threshold=0.7), known, "m")
+    other = ModelIdentity("unknown", found.num_layers, found.num_kv_heads, found.head_dim)
+    assert load.load_settings(SparsityArgs(tca_threshold=0.7), other, "m") is None
+    assert load.load_settings(SparsityArgs(tca_threshold=0.7, disable_tca=True), known, "m") is None

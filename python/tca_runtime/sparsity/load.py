@@ -30,7 +30,7 @@ def load_settings(
     Raises
     ------
     ConfigurationError
-        For a file or a uniform ratio that does not fit the model.
+        For a file or a uniform ratio that does not fit the model, or an unknown threshold.
     """
     if args.disable_tca:
         return None
@@ -58,13 +58,25 @@ def load_settings(
 
 
 def shipped(identity: ModelIdentity, threshold: float) -> Path | None:
-    """The configuration that comes with the runtime for this model and threshold."""
+    """The configuration that comes with the runtime for this model; None for other models.
+
+    Raises
+    ------
+    ConfigurationError
+        If there are some for this model, but of other thresholds.
+    """
     directory = Path(str(resources.files("tca_runtime.sparsity"))) / "configs"
+    paths: dict[float, Path] = {}
     for path in sorted(directory.glob("*.json")):
         found = CalibrationFile.load(path)
-        if found.fingerprint == identity.fingerprint and found.threshold == threshold:
-            return path
-    return None
+        if found.fingerprint == identity.fingerprint:
+            paths[found.threshold] = path
+    if paths and threshold not in paths:
+        known = ", ".join(f"{value:g}" for value in sorted(paths))
+        raise ConfigurationError(
+            f"--tca-threshold {threshold:g}: this model has configurations for {known}"
+        )
+    return paths.get(threshold)
 
 
 def _uniform(args: SparsityArgs, identity: ModelIdentity) -> SparsitySettings:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tca_runtime.config import CacheArgs, ModelArgs, RuntimeConfig, ServerArgs, SparsityArgs
 from tca_runtime.engine.engine import Engine
 from tca_runtime.messages import Control, ControlReply
 from tca_runtime.scheduler.choices import choices
 from tca_runtime.scheduler.control import ControlHandler
-from tests.scheduler.fakes import Harness
+from tests.scheduler.fakes import Harness, expected_output
 from tests.server.fake_scheduler import STATE
 
 
@@ -97,6 +98,50 @@ def test_a_profile_of_some_steps_ends_by_itself(profiled: Harness, tmp_path: Pat
     profiled.run()
     assert len(list(tmp_path.glob("trace-*.json"))) == 1
     assert not ask(profiled, "stop_profile").ok
+
+
+class Unwilling(torch.profiler.profile):
+    """Cannot write, as some versions say it."""
+
+    def export_chrome_trace(self, path: str, use_python_export: bool = False) -> None:
+        raise RuntimeError("no space left")
+
+
+@pytest.mark.parametrize("how", ["missing directory", "error"])
+@pytest.mark.parametrize("num_steps", [None, 2])
+def test_a_trace_that_cannot_be_written_ends_nothing_but_its_recording(
+    profiled: Harness,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    how: str,
+    num_steps: int | None,
+) -> None:
+    if how == "error":
+        monkeypatch.setattr(torch.profiler, "profile", Unwilling)
+    assert ask(profiled, "start_profile", output_dir="gone", num_steps=num_steps).ok
+    if how == "missing directory":
+        (tmp_path / "gone").rmdir()
+    profiled.submit("a", [1, 2, 3])
+    profiled.run()
+    assert profiled.tokens("a") == expected_output([1, 2, 3], 5)
+    reply = ask(profiled, "stop_profile")
+    assert not reply.ok
+    assert "cannot write" in (reply.message if num_steps is None else caplog.text)
+    assert "no profile" in ask(profiled, "stop_profile").message
+    monkeypatch.undo()
+    assert ask(profiled, "start_profile").ok and ask(profiled, "stop_profile").ok
+
+
+def test_a_profiler_that_does_not_start_is_no_recording(
+    profiled: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Any) -> None:
+        raise RuntimeError("already in use")
+
+    monkeypatch.setattr(torch.profiler.profile, "start", refuse)
+    assert "already in use" in ask(profiled, "start_profile").message
+    assert "no profile" in ask(profiled, "stop_profile").message
 
 
 @pytest.mark.parametrize("directory", ["/tmp", "../elsewhere", "a/../../b"])

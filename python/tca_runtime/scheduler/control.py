@@ -69,7 +69,10 @@ class ControlHandler:
         if self._profile_steps is not None:
             self._profile_steps -= 1
             if self._profile_steps <= 0:
-                self._end_profile()
+                try:
+                    self._end_profile()
+                except OSError as error:
+                    logger.error("%s", error)
         self._generated.append((now, tokens))
         while self._generated and now - self._generated[0][0] > RATE_WINDOW:
             self._generated.popleft()
@@ -126,8 +129,12 @@ class ControlHandler:
         directory.mkdir(parents=True, exist_ok=True)
         self._trace_path = directory / f"trace-{time.time():.3f}.json"
         self._profile_steps = args.get("num_steps")
-        self._profiler = torch.profiler.profile()
-        self._profiler.start()
+        profiler = torch.profiler.profile()
+        try:
+            profiler.start()
+        except RuntimeError as error:
+            raise OSError(f"cannot record a profile: {error}") from error
+        self._profiler = profiler
         return f"recording to {self._trace_path}", {}
 
     def _stop_profile(self, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -137,8 +144,23 @@ class ControlHandler:
         return f"wrote {self._trace_path}", {"path": str(self._trace_path)}
 
     def _end_profile(self) -> None:
+        """End the recording, whatever becomes of its trace.
+
+        Raises
+        ------
+        OSError
+            If the trace cannot be written.
+        """
         profiler, self._profiler, self._profile_steps = self._profiler, None, None
-        if profiler is not None:
+        if profiler is None:
+            return
+        path = self._trace_path
+        try:
             profiler.stop()
-            profiler.export_chrome_trace(str(self._trace_path))
-            logger.info("wrote %s", self._trace_path)
+            profiler.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+        if not path.is_file():
+            # The profiler says so in a line of its own, and nowhere else.
+            raise OSError(f"cannot write {path}")
+        logger.info("wrote %s", path)

@@ -139,7 +139,10 @@ class SchedulerFailed(_Message):
 
 
 class Heartbeat(_Message):
-    """Sent by the scheduler loop at least once a second, busy or idle."""
+    """Sent by the scheduler's loop between steps, about every half second.
+
+    A step that takes longer delays it: silence alone does not tell a long step from a hang.
+    """
 
     state: dict[str, Any]
 

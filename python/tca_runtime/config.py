@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 DEFAULT_MODEL = "smollm2-135m"
 
 
-def _option(default: Any, help: str, *, choices: Sequence[str] = ()) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def _option(
+    default: Any, help: str, *, choices: Sequence[str] = (), has_options: bool = False
+) -> Any:
+    """``has_options``: ``:`` and anything may follow a choice."""
+    return field(
+        default=default, metadata={"help": help, "choices": choices, "has_options": has_options}
+    )
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,8 @@ class SparsityArgs:
     tca_threshold: float = _option(0.95, "which of a known model's configurations is used")
     tca_policy: str = _option(
         "tca",
-        "what ranks tokens",
+        "what ranks tokens, and its options: NAME or NAME:OPTION=VALUE,...",
+        has_options=True,
         choices=(
             "tca",
             "pages",
@@ -120,6 +126,11 @@ class SparsityArgs:
             "h2o",
             "full",
         ),
+    )
+    tca_selection: str = _option(
+        "per-chunk",
+        "select while a prompt is computed too, or compute it with full attention",
+        choices=("per-chunk", "one-shot"),
     )
     tca_probes: int | None = _option(None, "latest queries that score (1 is the paper)")
     tca_window: int | None = _option(None, "latest tokens that are never dropped")
@@ -220,10 +231,19 @@ def _add_group(group: Any, cls: type[Any]) -> None:
             )
             continue
         base = next((t for t in get_args(hint) if t is not type(None)), hint)
-        group.add_argument(
-            flag,
-            type=base,
-            default=f.default,
-            choices=f.metadata["choices"] or None,
-            help=f.metadata["help"],
-        )
+        choices, text = f.metadata["choices"], f.metadata["help"]
+        if f.metadata["has_options"]:
+            base, text = _with_options(choices), f"{text}; {', '.join(choices)}"
+            choices = ()
+        group.add_argument(flag, type=base, default=f.default, choices=choices or None, help=text)
+
+
+def _with_options(choices: Sequence[str]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        name = text.partition(":")[0]
+        if name not in choices:
+            known = ", ".join(choices)
+            raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {known})")
+        return text
+
+    return check

@@ -238,18 +238,19 @@ def test_no_more_queries_than_the_granularity_share_a_selection(
     assert sizes == [5000]
 
 
+@pytest.mark.parametrize("selection", ["per-chunk", "one-shot"])
 @pytest.mark.parametrize("length", [250, 700])
 @pytest.mark.parametrize("cached", [0, 200])
 def test_a_selection_does_not_depend_on_what_else_is_computed(
-    monkeypatch: pytest.MonkeyPatch, length: int, cached: int
+    monkeypatch: pytest.MonkeyPatch, selection: str, length: int, cached: int
 ) -> None:
     """Selections begin at 256; whatever is cut before that, or cached, each query sees it all."""
     text = prompt(1, length)
-    alone = Server()
+    alone = Server(tca_selection=selection)
     alone.submit("r", text)
     alone.run()
     monkeypatch.setattr(PrefillPace, "budget", lambda self, decoding: 24 if decoding else 256)
-    busy = Server()
+    busy = Server(tca_selection=selection)
     if cached:
         busy.ask(text[:cached], 1)
     busy.submit("stream", prompt(2, 20), 100)
@@ -262,6 +263,20 @@ def test_a_selection_does_not_depend_on_what_else_is_computed(
     assert here is not None and there is not None
     assert here.pop("dropped_mass") == pytest.approx(there.pop("dropped_mass"), rel=1e-3)
     assert here == there
+
+
+def test_one_shot_computes_prompts_with_full_attention_and_selects_at_their_end() -> None:
+    full = Server(disable_tca=True)
+    once = Server(tca_config="uniform:0.05", tca_selection="one-shot")
+    per_chunk = Server(tca_config="uniform:0.05")
+    texts = [prompt(i, 900) for i in range(6)]
+    first = [[server.ask(text, 1) for text in texts] for server in (full, once, per_chunk)]
+    assert first[0] == first[1] != first[2]
+    once.submit("r", texts[0], 40)
+    once.run()
+    assert once.tokens("r") != full.ask(texts[0], 40)
+    report = once.last("r").tca
+    assert report is not None and report["kept_ratio"] < 0.3
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "keydiff", "expected-attention", "streaming"])

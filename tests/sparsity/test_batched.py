@@ -100,6 +100,22 @@ def test_pieces_of_a_chunk_choose_as_chunks_of_their_own_would() -> None:
         assert torch.equal(alone(0, q[3 + 50 * i : 53 + 50 * i]).slots, piece)
 
 
+def test_one_shot_selects_the_decode_view_alone() -> None:
+    wanted = settings(one_shot=True, granularity=50)
+    one, many, q, lists = select_both(wanted, 300, 150, True)
+    ends = [350, 400, 450]
+    for layer in range(2):
+        assert one(layer, 0, q[3:]) is None
+        seen = many(layer, q)
+        assert seen.lengths.tolist() == [[end, end] for end in ends]
+        rows = lists.dense()[2 * layer : 2 * layer + 2]
+        assert torch.equal(seen.slots, torch.cat([row[:end] for end in ends for row in rows]))
+    left, right = one.decode_view(0), many.decode_view(0)
+    assert left is not None and right is not None
+    assert torch.equal(left.slots, right.slots)
+    assert len(left.slots) < lists.num_slots
+
+
 def test_mass_limit_takes_the_smallest_rung_that_holds() -> None:
     wanted = settings(prefill=table(0.2, 32), decode=table(0.4, 32))
     one, many, q, _ = select_both(wanted, 600, 64, True)

@@ -78,8 +78,10 @@ def _selection(config: RuntimeConfig, engine: Engine) -> tuple[str, str]:
         return "off, full attention", off
     tables = (settings.prefill, settings.decode)
     kept = [f"{float(table.keep_ratio.mean()):.0%}" for table in tables]
+    if settings.one_shot:
+        kept[0] = "everything"
     value = (
-        f"{type(settings.policy).__name__} keeps {kept[0]} in prefill and {kept[1]} in decode, "
+        f"{settings.policy} keeps {kept[0]} in prefill and {kept[1]} in decode, "
         f"window {settings.window}, {settings.probes} probes"
     )
     return value, args.tca_config or f"shipped configuration, threshold {args.tca_threshold:g}"

@@ -74,6 +74,7 @@ class ChunkSelection:
     ) -> ChunkSelection | None:
         """None when nothing is long enough to be dropped."""
         settings = request.settings
+        sees_past = sees_past or settings.one_shot
         lists = HeadSlots.concat(parts)
         layouts: list[Layout | None] = []
         for past, wanted in ((lists.end - num_tokens, not sees_past), (lists.end, is_last)):

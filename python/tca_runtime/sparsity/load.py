@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tca_runtime.config import SparsityArgs
 from tca_runtime.sparsity.budget import BudgetTable
-from tca_runtime.sparsity.policies import create_policy
+from tca_runtime.sparsity.policies import SelectionPolicy, create_policy
 from tca_runtime.sparsity.settings import (
     CalibrationFile,
     ConfigurationError,
@@ -30,12 +30,14 @@ def load_settings(
     Raises
     ------
     ConfigurationError
-        For a file or a uniform ratio that does not fit the model, or an unknown threshold.
+        For a file or a uniform ratio that does not fit the model, or an unknown threshold, policy
+        or option of a policy.
     """
     if args.disable_tca:
         return None
+    policy = _policy(args.tca_policy)
     if args.tca_config is not None and args.tca_config.startswith(UNIFORM):
-        settings = _uniform(args, identity)
+        settings = _uniform(args, identity, policy)
     else:
         path = Path(args.tca_config) if args.tca_config else shipped(identity, args.tca_threshold)
         if path is None:
@@ -47,11 +49,12 @@ def load_settings(
                 model_path,
             )
             return None
-        settings = _calibrated(args, identity, path)
+        settings = _calibrated(identity, path, policy)
     return replace(
         settings,
         min_candidates=args.tca_min_candidates,
         refresh=args.tca_refresh,
+        one_shot=args.tca_selection == "one-shot",
         window=settings.window if args.tca_window is None else args.tca_window,
         probes=settings.probes if args.tca_probes is None else args.tca_probes,
     )
@@ -79,7 +82,16 @@ def shipped(identity: ModelIdentity, threshold: float) -> Path | None:
     return paths.get(threshold)
 
 
-def _uniform(args: SparsityArgs, identity: ModelIdentity) -> SparsitySettings:
+def _policy(text: str) -> SelectionPolicy:
+    try:
+        return create_policy(text)
+    except ValueError as error:
+        raise ConfigurationError(f"--tca-policy {text}: {error}") from error
+
+
+def _uniform(
+    args: SparsityArgs, identity: ModelIdentity, policy: SelectionPolicy
+) -> SparsitySettings:
     assert args.tca_config is not None
     text = args.tca_config.removeprefix(UNIFORM)
     try:
@@ -92,15 +104,15 @@ def _uniform(args: SparsityArgs, identity: ModelIdentity) -> SparsitySettings:
         ]
     except ValueError as error:
         raise ConfigurationError(f"--tca-config {args.tca_config}: {error}") from error
-    return SparsitySettings(create_policy(args.tca_policy), tables[0], tables[-1])
+    return SparsitySettings(policy, tables[0], tables[-1])
 
 
-def _calibrated(args: SparsityArgs, identity: ModelIdentity, path: Path) -> SparsitySettings:
+def _calibrated(identity: ModelIdentity, path: Path, policy: SelectionPolicy) -> SparsitySettings:
     found = CalibrationFile.load(path)
     found.check(identity, path)
     logger.info("TCA configuration %s (threshold %g)", path, found.threshold)
     return SparsitySettings(
-        create_policy(args.tca_policy),
+        policy,
         found.prefill.table(found.block),
         found.decode.table(found.block),
         window=found.window,

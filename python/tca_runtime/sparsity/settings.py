@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ class SparsitySettings:
     granularity : a chunk is split so that this many queries at most share a selection; longer runs
         drop less, because a run sees all of itself, and cost fewer selections (docs/quality.md)
     refresh : generated tokens after which a decode view is selected anew
+    one_shot : prompts are computed with full attention, only the decode view is selected
     """
 
     policy: SelectionPolicy
@@ -131,6 +133,7 @@ class SparsitySettings:
     min_candidates: int = 512
     granularity: int = 4096
     refresh: int = 1024
+    one_shot: bool = False
 
     @property
     def block(self) -> int:
@@ -142,7 +145,9 @@ class SparsitySettings:
         return count if count >= self.min_candidates else 0
 
     def first_selection(self, quantum: int) -> int:
-        """The first multiple of ``quantum`` with tokens before it that may be dropped."""
+        """The first multiple of ``quantum`` where a prompt's chunk selects what it attends to."""
+        if self.one_shot:
+            return sys.maxsize
         blocks = max(1, -(-self.min_candidates // self.block))
         return -(-(self.window + blocks * self.block) // quantum) * quantum
 
@@ -152,5 +157,6 @@ class SparsitySettings:
         digest = hashlib.sha256(repr(self.policy).encode())
         for table in (self.prefill, self.decode):
             digest.update(table.mu.tobytes() + table.sigma.tobytes())
-        digest.update(repr((self.window, self.probes, self.min_candidates, self.block)).encode())
+        rest = (self.window, self.probes, self.min_candidates, self.block, self.one_shot)
+        digest.update(repr(rest).encode())
         return digest.hexdigest()[:16]

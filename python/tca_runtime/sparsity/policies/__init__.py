@@ -10,6 +10,7 @@ from tca_runtime.sparsity.policies.baselines import (
     SnapKVPolicy,
     StreamingPolicy,
 )
+from tca_runtime.sparsity.policies.options import read_options
 from tca_runtime.sparsity.policies.pages import PagesPolicy
 from tca_runtime.sparsity.policies.retrieval import H2OPolicy, QuestPolicy, TopKPolicy
 from tca_runtime.sparsity.policies.tca import TCAPolicy
@@ -28,17 +29,18 @@ POLICIES: dict[str, type[SelectionPolicy]] = {
 }
 
 
-def create_policy(name: str) -> SelectionPolicy:
-    """A policy with its default parameters.
+def create_policy(text: str) -> SelectionPolicy:
+    """A policy by its name, ``NAME`` or ``NAME:FIELD=VALUE,...``.
 
     Raises
     ------
     ValueError
-        For an unknown name; lists the known ones.
+        For an unknown name or field or a wrong value; says what there is.
     """
+    name, separator, options = text.partition(":")
     if name not in POLICIES:
         raise ValueError(f"unknown selection policy {name!r}; known: {', '.join(POLICIES)}")
-    return POLICIES[name]()
+    return POLICIES[name](**read_options(POLICIES[name], options) if separator else {})
 
 
 __all__ = ["POLICIES", "Candidates", "SelectionPolicy", "create_policy"]

@@ -70,6 +70,23 @@ class SelectionPolicy(ABC):
         return keep_best(self.rank(candidates), kept)
 
 
+def require(condition: bool, text: str) -> None:
+    """Refuse a policy's parameter.
+
+    Raises
+    ------
+    ValueError
+        With ``text`` unless the condition holds.
+    """
+    if not condition:
+        raise ValueError(text)
+
+
+def require_page(page: int) -> None:
+    """Refuse a page that blocks do not consist of."""
+    require(page > 0 and page & (page - 1) == 0, f"page must be a power of two, not {page}")
+
+
 def keep_best(worth: Tensor, kept: NDArray[np.int64]) -> Tensor:
     """Mask of the ``kept[h]`` best entries of each row."""
     order = torch.argsort(worth, dim=-1, descending=True, stable=True)

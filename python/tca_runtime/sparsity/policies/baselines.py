@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tca_runtime.sparsity.policies.base import Candidates, SelectionPolicy
+from tca_runtime.sparsity.policies.base import Candidates, SelectionPolicy, require
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class StreamingPolicy(SelectionPolicy):
 
     sinks: int = 4
 
+    def __post_init__(self) -> None:
+        require(self.sinks >= 0, f"sinks must not be negative, as {self.sinks} is")
+
     def rank(self, candidates: Candidates) -> Tensor:
         importance = candidates.importance
         recency = torch.arange(importance.shape[-1], device=importance.device, dtype=torch.float32)
@@ -47,6 +51,10 @@ class SnapKVPolicy(SelectionPolicy):
     """
 
     kernel: int = 5
+
+    def __post_init__(self) -> None:
+        odd = self.kernel > 0 and self.kernel % 2 == 1
+        require(odd, f"kernel must be a positive odd number, not {self.kernel}")
 
     def rank(self, candidates: Candidates) -> Tensor:
         importance = candidates.importance[:, None]
@@ -83,6 +91,10 @@ class ExpectedAttentionPolicy(SelectionPolicy):
 
     use_covariance: bool = True
     epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        finite = 0 <= self.epsilon < math.inf
+        require(finite, f"epsilon must not be negative or infinite, as {self.epsilon} is")
 
     def rank(self, candidates: Candidates) -> Tensor:
         keys, scale = candidates.keys.float(), candidates.scale

@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tca_runtime.sparsity.policies.base import Candidates, SelectionPolicy, keep_best
+from tca_runtime.sparsity.policies.base import (
+    Candidates,
+    SelectionPolicy,
+    keep_best,
+    require,
+    require_page,
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class PagesPolicy(SelectionPolicy):
 
     Parameters
     ----------
-    page : tokens per page, a divisor of the block size
+    page : tokens per page, a power of two
     score : ``hhi`` is :math:`\sum s_j^2`, ``mass`` :math:`\sum s_j`, ``max`` :math:`\max s_j` over
         the page's tokens
     after, before : following and preceding pages that a page's score reaches
@@ -36,6 +42,12 @@ class PagesPolicy(SelectionPolicy):
     after: int = 1
     before: int = 0
     tokens: int = 0
+
+    def __post_init__(self) -> None:
+        require_page(self.page)
+        require(self.after >= 0, f"after must not be negative, as {self.after} is")
+        require(self.before >= 0, f"before must not be negative, as {self.before} is")
+        require(0 <= self.tokens <= 100, f"tokens must be in [0, 100], not {self.tokens}")
 
     def rank(self, candidates: Candidates) -> Tensor:
         importance = candidates.importance

@@ -9,7 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tca_runtime.sparsity.policies.base import Candidates, SelectionPolicy, keep_best
+from tca_runtime.sparsity.policies.base import (
+    Candidates,
+    SelectionPolicy,
+    keep_best,
+    require,
+    require_page,
+)
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,16 @@ class QuestPolicy(SelectionPolicy):
 
     Parameters
     ----------
-    page : tokens per page, a divisor of the block size
+    page : tokens per page, a power of two
     queries : latest probes whose bounds are averaged
     """
 
     page: int = 16
     queries: int = 1
+
+    def __post_init__(self) -> None:
+        require_page(self.page)
+        require(self.queries > 0, f"queries must be positive, not {self.queries}")
 
     def rank(self, candidates: Candidates) -> Tensor:
         keys = candidates.keys.float()
@@ -69,6 +79,9 @@ class H2OPolicy(SelectionPolicy):
     """
 
     recent: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(0 <= self.recent <= 1, f"recent must be in [0, 1], not {self.recent}")
 
     def rank(self, candidates: Candidates) -> Tensor:
         return candidates.importance

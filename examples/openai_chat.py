@@ -33,6 +33,7 @@ def main() -> None:
         model=model,
         messages=[{"role": "user", "content": question}],
         max_tokens=64,
+        temperature=0,
         stream=True,
     )
     for chunk in stream:
@@ -45,6 +46,7 @@ def main() -> None:
         messages=[{"role": "user", "content": question}],
         response_format=City,
         max_tokens=64,
+        temperature=0,
     )
     print(reply.choices[0].message.parsed)
 

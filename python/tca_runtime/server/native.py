@@ -193,7 +193,8 @@ def _samplings(
 ) -> Sequence[SamplingTemplate]:
     if not isinstance(body.sampling_params, list):
         return [SamplingTemplate(body.sampling_params or SamplingBody(), limits)] * count
-    given = _per_item("sampling_params", body.sampling_params, count, is_batch)
+    bodies: Sequence[SamplingBody] = body.sampling_params
+    given = _per_item("sampling_params", bodies, count, is_batch)
     return [SamplingTemplate(item or SamplingBody(), limits) for item in given]
 
 

@@ -193,7 +193,7 @@ def _samplings(
 ) -> Sequence[SamplingTemplate]:
     if not isinstance(body.sampling_params, list):
         return [SamplingTemplate(body.sampling_params or SamplingBody(), limits)] * count
-    bodies: Sequence[SamplingBody] = body.sampling_params
+    bodies: SamplingBody | Sequence[SamplingBody | None] | None = body.sampling_params
     given = _per_item("sampling_params", bodies, count, is_batch)
     return [SamplingTemplate(item or SamplingBody(), limits) for item in given]
 

@@ -6,6 +6,8 @@ ARGS ?=
 # A GPU machine takes PyTorch's default build; elsewhere the CPU build keeps the install small.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
 EXTRA := $(if $(GPU),[gpu],)
+# Tests of one file share servers, so a file stays in one process. One GPU has room for one engine.
+WORKERS ?= $(if $(GPU),,-n auto --maxprocesses 4 --dist loadfile)
 CONSTRAINTS := $(if $(GPU),,-c constraints-cpu.txt)
 
 .PHONY: serve cluster test lint types format clean
@@ -18,7 +20,7 @@ cluster: $(VENV)/.dev
 	$(BIN)/python -m benchmark.cluster --serve $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import os
 
 # Threads that wait must not take the processor from those that work: other tests may run beside.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 

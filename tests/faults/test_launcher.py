@@ -104,12 +104,12 @@ def test_stopped_scheduler_counts_as_a_crash(launch: Launch) -> None:
 def test_sigterm_lets_open_requests_finish(launch: Launch) -> None:
     server = launch()
     scheduler = server.scheduler()
-    asking = Asking(server, 1000)
+    asking = Asking(server, 400)
     server.process.send_signal(signal.SIGTERM)
     server.wait_until(lambda: server.health() == 503)
     refused = server.generate()
     assert refused.status_code == 503 and "shutting down" in refused.text
-    assert asking.response.json()["meta_info"]["completion_tokens"] == 1000
+    assert asking.response.json()["meta_info"]["completion_tokens"] == 400
     assert server.process.wait(30) == 0
     assert not scheduler.is_running()
 
@@ -132,7 +132,7 @@ def test_sigterm_ends_what_takes_too_long(launch: Launch, hurry: bool) -> None:
 def test_sigterm_of_the_whole_group_drains_too(launch: Launch) -> None:
     """Service managers signal every process, the scheduler included."""
     server = launch()
-    asking = Asking(server, 1000)
+    asking = Asking(server, 400)
     for process in (server.scheduler(), psutil.Process(server.process.pid)):
         process.send_signal(signal.SIGTERM)
     assert asking.response.status_code == 200

@@ -39,7 +39,7 @@ WANTED_SPEEDUP = 1.2
 DECODE_QUANTILE = 0.1
 BOOKKEEPING = {
     CacheManager: ("match", "begin", "extend", "reserve", "step", "commit", "release", "parts"),
-    StepPlanner: ("plan", "release"),
+    StepPlanner: ("plan", "leave", "release_left"),
     ChunkSelection: ("plan",),
 }
 SELECTION = {StepSelection: ("__call__", "decode_view"), CacheManager: ("show",)}

@@ -16,6 +16,7 @@ BASE = {
     "messages",
     "sampling_params",
     "channels",
+    "garbage",
     "stdio",
     "fetch_model",
     "gguf_file",

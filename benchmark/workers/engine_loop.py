@@ -23,6 +23,7 @@ from benchmark.workers.pipe import Json, answer_questions
 from tca_runtime.config import RuntimeConfig, parse_args
 from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.grammar import GrammarCompiler
+from tca_runtime.garbage import settle_garbage
 from tca_runtime.messages import GenerateRequest, TokenBatch, TokenOutput, ToScheduler, ToTokenizer
 from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.scheduler.scheduler import Scheduler
@@ -94,6 +95,8 @@ def main() -> None:
     grammars = GrammarCompiler(tokenizer, model.vocab_size, model.eos_token_ids)
     length = config.model.context_length or model.max_position
     scheduler, inbox, outbox = in_memory_scheduler(config, engine, length, grammars)
+    # As the scheduler process does.
+    settle_garbage()
 
     def handle(question: Json) -> Json:
         ids = tokenizer.encode(question["text"])

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tca_runtime.config import RuntimeConfig, ServerArgs, parse_args
 from tca_runtime.fetch_model import FetchError
+from tca_runtime.garbage import settle_garbage
 from tca_runtime.gguf_file import GgufError
 from tca_runtime.logs import configure_logging
 from tca_runtime.server.app import build_app
@@ -176,6 +177,7 @@ class Launcher:
             asyncio.create_task(self._supervise(life, manager, server)),
             asyncio.create_task(self._drain(manager, server)),
         ]
+        settle_garbage()
         await server.serve(sockets=[self._listener])
         for task in tasks:
             task.cancel()

@@ -149,10 +149,10 @@ def test_the_budget_moves_by_steps_and_not_for_lack_of_work() -> None:
     pace = PrefillPace(SchedulerArgs(chunked_prefill_size=1000, max_decode_slowdown=3.0))
     pace.record(4, 0, 0.010)
     pace.record(4, MIN_CHUNK, 0.0101)
-    assert pace.budget(4) == 2 * MIN_CHUNK
+    assert pace.budget(4) == MIN_CHUNK * 5 // 4
     pace.record(4, 1, 0.0101)
-    assert pace.budget(4) == 2 * MIN_CHUNK
-    pace.record(4, 2 * MIN_CHUNK, 9.0)
+    assert pace.budget(4) == MIN_CHUNK * 5 // 4
+    pace.record(4, MIN_CHUNK * 5 // 4, 9.0)
     assert pace.budget(4) == MIN_CHUNK
 
 

@@ -8,8 +8,9 @@ from tca_runtime.config import SchedulerArgs
 MIN_CHUNK = 32
 # Share of a new measurement in the running average.
 _SMOOTHING = 0.2
-# The budget at most doubles or halves from one step to the next.
-_STEP = 2.0
+# The budget grows slowly, so that it seldom overshoots: the longest gaps are what clients notice.
+_GROWTH = 1.25
+_SHRINKAGE = 0.5
 
 
 class PrefillPace:
@@ -48,8 +49,8 @@ class PrefillPace:
         assert self._decode_seconds is not None
         spare = (self._slowdown - 1) * self._decode_seconds
         fits = num_prompt_tokens * spare / seconds if seconds > 0 else float("inf")
-        if num_prompt_tokens < self._budget <= fits:
+        if num_prompt_tokens < int(self._budget) <= fits:
             # There was not enough to compute to tell whether more would have fitted.
             return
-        wanted = min(max(fits, self._budget / _STEP), self._budget * _STEP)
+        wanted = min(max(fits, self._budget * _SHRINKAGE), self._budget * _GROWTH)
         self._budget = min(max(wanted, float(MIN_CHUNK)), float(self._largest))

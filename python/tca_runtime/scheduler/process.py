@@ -20,6 +20,7 @@ from tca_runtime.config import RuntimeConfig
 from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.grammar import GrammarCompiler
 from tca_runtime.fetch_model import FetchError
+from tca_runtime.garbage import settle_garbage
 from tca_runtime.gguf_file import GgufError
 from tca_runtime.logs import configure_logging
 from tca_runtime.messages import (
@@ -75,6 +76,7 @@ def run_scheduler(config: RuntimeConfig, addresses: Addresses) -> None:
     inbox.on_unreadable = lambda message: _refuse(outbox, message)
     try:
         scheduler = _build(config, inbox, outbox)
+        settle_garbage()
         # A launcher that was killed cannot end its children.
         while os.getppid() == launcher:
             scheduler.run_once()

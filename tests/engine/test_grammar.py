@@ -292,12 +292,14 @@ def test_a_grammar_that_nobody_waits_for_is_not_compiled(
     compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
+    both_run = threading.Barrier(3)
     begun: list[str] = []
     native = grammar_module._compile_native
 
     def slow(compiler: Any, grammar: Grammar) -> Any:
         begun.append(grammar.value)
         if grammar.value.startswith("slow"):
+            both_run.wait(60)
             release.wait(60)
         return native(compiler, grammar)
 
@@ -305,6 +307,7 @@ def test_a_grammar_that_nobody_waits_for_is_not_compiled(
     shared, lonely, last = (Grammar("regex", v) for v in ("shared", "lonely", "last"))
     try:
         running = [(g, compiler.submit(g)) for g in (Grammar("regex", f"slow{i}") for i in (1, 2))]
+        both_run.wait(60)
         first, again, alone = (compiler.submit(g) for g in (shared, shared, lonely))
         assert first is again
         compiler.release(shared, again)

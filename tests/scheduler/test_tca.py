@@ -98,14 +98,17 @@ def test_a_whole_number_of_probes_may_be_written_as_a_fraction() -> None:
     assert tca is not None and tca["probes"] == 4
 
 
-def test_long_generation_stays_within_its_budget() -> None:
-    refresh = 128
-    server = Server(tokens=4000, tca_refresh=refresh)
-    server.submit("a", prompt(1, 400), 1500)
+@pytest.mark.parametrize(
+    ("new_tokens", "refresh"),
+    [(1500, 128), pytest.param(16_000, 1024, marks=pytest.mark.slow)],
+)
+def test_long_generation_stays_within_its_budget(new_tokens: int, refresh: int) -> None:
+    server = Server(tokens=new_tokens + 2500, tca_refresh=refresh)
+    server.submit("a", prompt(1, 400), new_tokens)
     longest = 0
     settings = server.engine.sparsity
     assert settings is not None
-    for _ in range(3000):
+    for _ in range(2 * new_tokens):
         server.scheduler.run_once()
         if server.scheduler.planner.is_idle:
             break
@@ -116,8 +119,8 @@ def test_long_generation_stays_within_its_budget() -> None:
             kept = settings.decode.kept_tokens(request.num_tokens // 64).max()
             assert length <= kept + WINDOW + 64 + refresh + 1
             longest = max(longest, length)
-    assert len(server.tokens("a")) == 1500
-    assert longest < 1000
+    assert len(server.tokens("a")) == new_tokens
+    assert longest < 0.3 * new_tokens + WINDOW + 64 + refresh + 200
     server.engine.cache.check()
 
 

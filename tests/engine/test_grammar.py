@@ -260,18 +260,24 @@ def test_requests_of_one_grammar_do_not_share_progress(
     assert a in allowed(two) and b not in allowed(two)
 
 
-def test_compilation_never_blocks_and_has_a_limit(
-    tokenizer: PreTrainedTokenizerFast, eos_ids: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release = threading.Event()
+@pytest.fixture
+def release(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Grammars that begin with "slow" take until it is set."""
+    event = threading.Event()
     native = grammar_module._compile_native
 
     def slow(compiler: Any, grammar: Grammar) -> Any:
         if grammar.value.startswith("slow"):
-            release.wait(60)
+            event.wait(60)
         return native(compiler, grammar)
 
     monkeypatch.setattr(grammar_module, "_compile_native", slow)
+    return event
+
+
+def test_compilation_never_blocks_and_has_a_limit(
+    tokenizer: PreTrainedTokenizerFast, eos_ids: list[int], release: threading.Event
+) -> None:
     compiler = GrammarCompiler(tokenizer, PADDED, eos_ids, time_limit=0.3)
     compiler.submit(Grammar("regex", "a")).result(30)
     try:
@@ -322,17 +328,8 @@ def test_a_grammar_that_nobody_waits_for_is_not_compiled(
 
 
 def test_a_refused_grammar_is_tried_again(
-    tokenizer: PreTrainedTokenizerFast, eos_ids: list[int], monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizerFast, eos_ids: list[int], release: threading.Event
 ) -> None:
-    release = threading.Event()
-    native = grammar_module._compile_native
-
-    def slow(compiler: Any, grammar: Grammar) -> Any:
-        if grammar.value.startswith("slow"):
-            release.wait(60)
-        return native(compiler, grammar)
-
-    monkeypatch.setattr(grammar_module, "_compile_native", slow)
     compiler = GrammarCompiler(tokenizer, PADDED, eos_ids, time_limit=0.3)
     compiler.submit(Grammar("regex", "a")).result(30)
     waiting = Grammar("regex", "b")

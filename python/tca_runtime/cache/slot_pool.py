@@ -11,19 +11,6 @@ from torch import Tensor
 from tca_runtime.cache.transfer import Event
 
 
-def _page_locked(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Host memory that the device reads and writes itself.
-
-    torch's own pinned memory is rounded up to a power of two, which may be twice as much.
-    """
-    kv = torch.empty(size, dtype=dtype)
-    runtime = torch.cuda.cudart()
-    if status := int(runtime.cudaHostRegister(kv.data_ptr(), kv.nbytes, 0)):
-        raise RuntimeError(f"cannot lock {kv.nbytes} bytes of host memory: CUDA error {status}")
-    weakref.finalize(kv, runtime.cudaHostUnregister, kv.data_ptr())
-    return kv
-
-
 class OutOfSlotsError(RuntimeError):
     """More slots were asked for than are free. The caller evicts first, so this is a bug."""
 
@@ -114,3 +101,16 @@ class SlotPool:
             event.wait()
             self._num_leaving -= slots.numel()
             self.free(slots)
+
+
+def _page_locked(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Host memory that the device reads and writes itself.
+
+    torch's own pinned memory is rounded up to a power of two, which may be twice as much.
+    """
+    kv = torch.empty(size, dtype=dtype)
+    runtime = torch.cuda.cudart()
+    if status := int(runtime.cudaHostRegister(kv.data_ptr(), kv.nbytes, 0)):
+        raise RuntimeError(f"cannot lock {kv.nbytes} bytes of host memory: CUDA error {status}")
+    weakref.finalize(kv, runtime.cudaHostUnregister, kv.data_ptr())
+    return kv

@@ -22,6 +22,7 @@ import torch
 from bench_run import BenchRun
 from engine_driver import (
     NAMESPACE,
+    NoRoomError,
     budgets,
     decode_inputs,
     make_engine,
@@ -120,7 +121,11 @@ def decode(run: BenchRun, engine: Engine) -> None:
     for context in contexts:
         for batch in (1,) if run.tiny else (1, 8, 16):
             modes = ("dense", "uniform", "ragged")
-            ms = {mode: decode_step(run, engine, batch, context, mode) for mode in modes}
+            try:
+                ms = {mode: decode_step(run, engine, batch, context, mode) for mode in modes}
+            except NoRoomError as error:
+                run.record("decode_skipped", batch=batch, context=context, why=str(error))
+                continue
             run.record(
                 "decode_ratio",
                 batch=batch,
@@ -216,6 +221,7 @@ def breakdown(run: BenchRun, engine: Engine) -> None:
 def prefix_hits(run: BenchRun, engine: Engine) -> None:
     """TTFT of 200 new tokens behind a long prefix: full, pruned, demoted to the host."""
     bus(run, engine)
+    prefill_only_warm(engine, 1024 if run.tiny else 20480, "10")
     context = 2048 if run.tiny else 131072
     wanted = settings(budgets(engine, 0.1, False), budgets(engine, 0.39, True))
     tokens = random_tokens(engine, context, 9)

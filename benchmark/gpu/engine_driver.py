@@ -117,6 +117,10 @@ def random_tokens(engine: Engine, count: int, seed: int) -> Tokens:
     return generator.integers(0, engine.model_config.vocab_size, count).astype(np.int32)
 
 
+class NoRoomError(Exception):
+    """The device's memory is too small for what a section measures."""
+
+
 def synthetic_sequences(
     engine: Engine, batch: int, context: int, table: BudgetTable | None, steps: int
 ) -> list[Sequence]:
@@ -124,6 +128,11 @@ def synthetic_sequences(
 
     Lists of different requests may share slots where the pool is smaller than all of them; each
     is still read on its own.
+
+    Raises
+    ------
+    NoRoomError
+        When the lists of all of them do not fit beside the pool.
     """
     rows, pool = engine.shape.rows, engine.cache.pool
     lengths = np.full(rows, context, dtype=np.int64)
@@ -136,7 +145,10 @@ def synthetic_sequences(
         slots = torch.randint(1, pool.capacity, (total,), dtype=torch.int32, device=engine.device)
         lists = HeadSlots(0, context, lengths, slots[:0], slots)
         view = engine.cache.views.open([lists], steps)
-        assert view is not None
+        if view is None:
+            for made in sequences:
+                engine.cache.views.close(made.view)
+            raise NoRoomError(f"the slot lists of {batch} x {context} tokens do not fit")
         spare = torch.randint(
             1, pool.capacity, (rows, steps), dtype=torch.int32, device=engine.device
         )

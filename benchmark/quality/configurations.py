@@ -26,6 +26,9 @@ _WORDS = {
     "every": "granularity",
     "least": "min_candidates",
     "mass": "max_dropped_mass",
+    "first": "first_refresh",
+    "refresh": "refresh",
+    "tail": "tail",
 }
 
 
@@ -40,7 +43,10 @@ class Configuration:
         views of what is older than the window; ``k`` instead of ``d`` is the percentage kept of
         everything at a data set's length; ``every`` is the selection granularity, ``mass`` the
         percentage of attention mass that may be dropped, ``calibration=FILE`` gives each head its
-        own budget; ``least`` is the number of droppable tokens below which all are kept
+        own budget; ``least`` is the number of droppable tokens below which all are kept;
+        ``refresh`` the generated tokens between two selections of the decode view (with ``first``
+        those before the first, then twice as many each time), ``tail`` the last tokens of a prompt
+        that see everything
     """
 
     name: str
@@ -57,6 +63,9 @@ class Configuration:
     min_candidates: int = 512
     max_dropped_mass: float | None = None
     calibration: str | None = None
+    first_refresh: int | None = None
+    refresh: int = 1024
+    tail: int = 0
 
     @staticmethod
     def parse(name: str) -> Configuration:
@@ -116,6 +125,9 @@ class Configuration:
             self.probes,
             self.min_candidates,
             self.granularity,
+            self.first_refresh or self.refresh,
+            self.refresh,
+            self.tail,
         )
 
     @property
@@ -123,7 +135,8 @@ class Configuration:
         """Equal for configurations whose prompts have the same K and V: they share prefixes."""
         if self.policy == "full" or (self.prefill in (None, 1.0) and self.calibration is None):
             return "dense"
-        return repr(replace(self, name="", decode=None, kept=None, max_dropped_mass=None))
+        views = {"decode": None, "kept": None, "max_dropped_mass": None}
+        return repr(replace(self, name="", first_refresh=None, refresh=0, **views))
 
 
 def _options(text: str | None) -> dict[str, Any]:

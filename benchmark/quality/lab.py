@@ -85,6 +85,7 @@ class Lab:
                 max_queued_requests=1 << 20,
                 chunked_prefill_size=chunk,
                 schedule_policy="fcfs",
+                max_decode_slowdown=0.0,
             ),
             attention=AttentionArgs(attention_backend=backend),
             sparsity=SparsityArgs(

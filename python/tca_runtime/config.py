@@ -135,7 +135,11 @@ class SparsityArgs:
     tca_probes: int | None = _option(None, "latest queries that score (1 is the paper)")
     tca_window: int | None = _option(None, "latest tokens that are never dropped")
     tca_min_candidates: int = _option(512, "below this many droppable tokens all are kept")
-    tca_refresh: int = _option(1024, "generated tokens between selections of a decode view")
+    tca_first_refresh: int = _option(
+        16, "generated tokens after which a decode view is selected anew, then as output doubles"
+    )
+    tca_refresh: int = _option(1024, "most generated tokens between selections of a decode view")
+    tca_tail: int = _option(512, "last tokens of a prompt that attend to everything before them")
     tca_retention: str = _option(
         "on-pressure",
         "when unselected slots leave the device",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def settle_garbage() -> None:
@@ -14,3 +16,19 @@ def settle_garbage() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Collect now, and not before the end.
+
+    A CUDA graph that is freed while another one is captured spoils the capture.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

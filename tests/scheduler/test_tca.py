@@ -207,8 +207,9 @@ def test_full_attention_never_reads_a_pruned_prefix() -> None:
 
 
 def test_retracted_requests_resume_right() -> None:
-    alone = [Server().ask(prompt(i, 500), 200) for i in range(3)]
-    crowded = Server(tokens=1700)
+    settings = {"tca_first_refresh": 1024}
+    alone = [Server(**settings).ask(prompt(i, 500), 200) for i in range(3)]
+    crowded = Server(tokens=1700, **settings)
     for i in range(3):
         crowded.submit(f"r{i}", prompt(i, 500), 200)
     crowded.run()
@@ -217,13 +218,50 @@ def test_retracted_requests_resume_right() -> None:
         got = crowded.tokens(f"r{i}")
         assert len(got) == 200
         # A resumed request selects anew, with later queries: the same start, then its own way.
-        assert got[:50] == alone[i][:50]
+        assert got[:30] == alone[i][:30]
+
+
+def test_a_view_is_selected_anew_as_the_output_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(tca_first_refresh=8, tca_refresh=50)
+    sizes: list[int] = []
+    show = server.engine.cache.show
+
+    def recording(sequence: Sequence, *view: Any) -> bool:
+        sizes.append(sequence.computed - 600)
+        return show(sequence, *view)
+
+    monkeypatch.setattr(server.engine.cache, "show", recording)
+    server.ask(prompt(1, 600), 170)
+    assert sizes == [0, 8, 16, 32, 64, 114, 164]
+
+
+def test_the_tail_of_a_prompt_sees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However a prompt is cut: with its cached beginning and without."""
+    chunks: list[tuple[int, int, bool]] = []
+    server = Server(chunk=1024, tca_tail=300)
+    plan = server.scheduler.planner.plan
+
+    def recording(may_retract: bool = True) -> Any:
+        made = plan(may_retract)
+        chunks.extend((c.begin, c.end, c.sees_past) for c in made.chunks)
+        return made
+
+    monkeypatch.setattr(server.scheduler.planner, "plan", recording)
+    server.ask(prompt(1, 3000), 1)
+    assert chunks == [(0, 1024, True), (1024, 2048, False), (2048, 2700, False), (2700, 3000, True)]
+    chunks.clear()
+    server.ask(prompt(1, 3000) + prompt(2, 100), 1)
+    assert chunks == [(3000, 3100, True)]
+    chunks.clear()
+    # The tail begins a few queries behind a multiple of the chunk, too few to choose a view.
+    server.ask(prompt(3, 2358), 1)
+    assert chunks == [(0, 1024, True), (1024, 2048, False), (2048, 2358, True)]
 
 
 def test_no_more_queries_than_the_granularity_share_a_selection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    server = Server(chunk=8192)
+    server = Server(chunk=8192, tca_tail=0)
     sizes: list[int] = []
     extend = server.engine.cache.extend
 

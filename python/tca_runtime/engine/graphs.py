@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tca_runtime.attention.base import AttentionBackend, AttentionStep
 from tca_runtime.cache.views import ViewTable
+from tca_runtime.garbage import no_collections
 from tca_runtime.models.base import CausalLM
 
 BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -68,7 +69,7 @@ class DecodeGraphs:
                 self._forward(size)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with no_collections(), torch.cuda.graph(graph, pool=pool):
                 hidden = self._forward(size)
             pool = graph.pool()
             self._captured[size] = _Captured(graph, hidden)

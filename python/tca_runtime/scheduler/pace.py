@@ -6,11 +6,51 @@ from tca_runtime.config import SchedulerArgs
 
 # Smaller chunks cost more than they hide: weights are read once per step.
 MIN_CHUNK = 32
-# Share of a new measurement in the running average.
+# Share of a new measurement in a running average.
 _SMOOTHING = 0.2
 # The budget grows slowly, so that it seldom overshoots: the longest gaps are what clients notice.
 _GROWTH = 1.25
 _SHRINKAGE = 0.5
+# Twice the tokens are worth a step that takes this much longer.
+_WORTHWHILE = 4 / 3
+# Measurements of an octave before the next one is tried.
+_TRIALS = 4
+# Mixed steps after which what a size of chunk took is forgotten: prompts and batches change.
+_MEMORY = 256
+
+
+class ChunkTimes:
+    """What mixed steps took beyond a decode step, by the octave of their prompt tokens."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._seconds: dict[int, float] = {}
+        self._measured: dict[int, int] = {}
+        self._counts: dict[int, int] = {}
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        octave = num_tokens.bit_length() - 1
+        self._steps += 1
+        for old in [o for o, step in self._measured.items() if step < self._steps - _MEMORY]:
+            del self._seconds[old], self._measured[old], self._counts[old]
+        before = self._seconds.get(octave, seconds)
+        self._seconds[octave] = before + _SMOOTHING * (seconds - before)
+        self._measured[octave] = self._steps
+        self._counts[octave] = self._counts.get(octave, 0) + 1
+
+    @property
+    def worthwhile(self) -> int:
+        """Tokens up to which a larger chunk costs little: there a step's fixed cost prevails.
+
+        One octave more than is known, if all that are known are worthwhile: it has to be tried.
+        """
+        octave = MIN_CHUNK.bit_length() - 1
+        while self._counts.get(octave, 0) >= _TRIALS:
+            limit = _WORTHWHILE * self._seconds[octave]
+            if self._seconds.get(octave + 1, 0.0) > limit:
+                break
+            octave += 1
+        return 1 << octave
 
 
 class PrefillPace:
@@ -20,6 +60,11 @@ class PrefillPace:
     decodes, so that prompts that arrive slow running streams down by no more than that. The budget
     begins small and follows what mixed steps took: neither is their time proportional to their
     tokens, nor does it follow from that of steps of another kind.
+
+    Prompt tokens also cost something once per step. On a GPU that alone can exceed the allowance,
+    because a step of decoding is one captured graph and a mixed one is launched kernel by kernel.
+    Smaller chunks do not help then, they only draw the slow time out; so chunks are not made
+    smaller than where their size begins to matter.
     """
 
     def __init__(self, args: SchedulerArgs, device: str = "cpu") -> None:
@@ -27,6 +72,7 @@ class PrefillPace:
         self._slowdown = args.max_decode_slowdown
         self._budget = float(min(MIN_CHUNK, self._largest))
         self._decode_seconds: float | None = None
+        self._times = ChunkTimes()
 
     def budget(self, num_decode: int) -> int:
         """Prompt tokens for a step in which ``num_decode`` requests decode."""
@@ -47,8 +93,10 @@ class PrefillPace:
     def _steer(self, num_prompt_tokens: int, seconds: float) -> None:
         """Take a mixed step that was ``seconds`` longer than a decode step."""
         assert self._decode_seconds is not None
+        self._times.add(num_prompt_tokens, seconds)
         spare = (self._slowdown - 1) * self._decode_seconds
         fits = num_prompt_tokens * spare / seconds if seconds > 0 else float("inf")
+        fits = max(fits, float(self._times.worthwhile))
         if num_prompt_tokens < int(self._budget) <= fits:
             # There was not enough to compute to tell whether more would have fitted.
             return

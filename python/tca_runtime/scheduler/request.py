@@ -137,7 +137,8 @@ class Request:
         if self.sparsity is None or self.selected_at is None:
             return False
         drawn = self.num_tokens + self.num_pending
-        return drawn - self.selected_at >= self.sparsity.settings.refresh
+        before = self.selected_at - self.num_prompt
+        return drawn - self.selected_at >= self.sparsity.settings.refresh_after(before)
 
     @property
     def can_decode(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tca_runtime.scheduler.request import Request
+from tca_runtime.sparsity.settings import SparsitySettings
 
 
 class Stretch(NamedTuple):
@@ -28,17 +29,24 @@ def stretch_at(request: Request, begin: int, largest: int) -> Stretch:
     """What begins at a prompt's token ``begin``, where chunks have ``largest`` tokens at most.
 
     Selections begin at multiples of a quantum. A prompt's first tokens come before any of them, so
-    they are cut at will. Not so the last ones of a prompt: they choose its decode view.
+    they are cut at will; so are those of its tail, but for the last, which choose its decode view.
     """
     end = request.num_tokens
     if request.sparsity is None:
         return Stretch(end, end, True)
     settings = request.sparsity.settings
     quantum = min(settings.granularity, largest)
-    first = settings.first_selection(quantum)
-    if begin >= first:
-        return Stretch(min(end, begin - begin % quantum + quantum), begin, False)
-    if first < end:
+    first, tail = settings.first_selection(quantum), _tail(settings, end, quantum)
+    if first <= begin < tail:
+        return Stretch(min(tail, begin - begin % quantum + quantum), begin, False)
+    if begin < first < tail:
         return Stretch(first, first, True)
     uncut = settings.probes if settings.num_candidates(end) else 0
     return Stretch(end, max(begin, end - uncut), True)
+
+
+def _tail(settings: SparsitySettings, end: int, quantum: int) -> int:
+    """Where a prompt's tail begins: before a run that has too few queries to choose for itself."""
+    tail = end - max(settings.tail, settings.probes) if settings.tail else end
+    into = tail % quantum
+    return tail - into if into < settings.probes else tail

@@ -53,7 +53,9 @@ def load_settings(
     return replace(
         settings,
         min_candidates=args.tca_min_candidates,
+        first_refresh=args.tca_first_refresh,
         refresh=args.tca_refresh,
+        tail=args.tca_tail,
         one_shot=args.tca_selection == "one-shot",
         window=settings.window if args.tca_window is None else args.tca_window,
         probes=settings.probes if args.tca_probes is None else args.tca_probes,

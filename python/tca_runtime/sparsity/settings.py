@@ -121,7 +121,11 @@ class SparsitySettings:
     min_candidates : below this many droppable tokens everything is kept
     granularity : a chunk is split so that this many queries at most share a selection; longer runs
         drop less, because a run sees all of itself, and cost fewer selections (docs/quality.md)
-    refresh : generated tokens after which a decode view is selected anew
+    first_refresh, refresh : a decode view is selected anew after ``first_refresh`` generated
+        tokens, because what an answer needs changes most while it begins, then whenever the
+        output has doubled, and every ``refresh`` tokens at the latest
+    tail : last tokens of a prompt whose queries see their whole past; a question is usually there,
+        and what its queries find decides the answer
     one_shot : prompts are computed with full attention, only the decode view is selected
     """
 
@@ -132,7 +136,9 @@ class SparsitySettings:
     probes: int = 32
     min_candidates: int = 512
     granularity: int = 4096
+    first_refresh: int = 16
     refresh: int = 1024
+    tail: int = 512
     one_shot: bool = False
 
     @property
@@ -151,12 +157,24 @@ class SparsitySettings:
         blocks = max(1, -(-self.min_candidates // self.block))
         return -(-(self.window + blocks * self.block) // quantum) * quantum
 
+    def refresh_after(self, num_output: int) -> int:
+        """Tokens until the next selection after one that was made ``num_output`` tokens in."""
+        return min(max(num_output, self.first_refresh), self.refresh)
+
     @property
     def fingerprint(self) -> str:
         """Names everything that decides what a cache pruned under these settings holds."""
         digest = hashlib.sha256(repr(self.policy).encode())
         for table in (self.prefill, self.decode):
             digest.update(table.mu.tobytes() + table.sigma.tobytes())
-        rest = (self.window, self.probes, self.min_candidates, self.block, self.one_shot)
+        rest = (
+            self.window,
+            self.probes,
+            self.min_candidates,
+            self.granularity,
+            self.tail,
+            self.block,
+            self.one_shot,
+        )
         digest.update(repr(rest).encode())
         return digest.hexdigest()[:16]

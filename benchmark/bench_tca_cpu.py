@@ -4,7 +4,8 @@
 
 A prompt of 8000 tokens and ``--new-tokens`` more, by scheduler and engine in this process, with
 full attention and with TCA in turn, nothing cached. Prefill is the time to the first token, decode
-that of the fastest tenth of the steps: what other processes take from a step is not TCA's. Shares
+that of the fastest tenth of the steps: what other processes take from a step is not TCA's. The
+whole reply's decode has all steps, those that select anew among them. Shares
 are of TCA's own times:
 
 selection : scoring, choosing and listing what each layer keeps
@@ -88,6 +89,7 @@ class Run:
 
     prefill: float
     decode_step: float
+    decode_whole: float
     prefill_parts: dict[str, float]
     decode_parts: dict[str, float]
     kept_ratio: float
@@ -112,7 +114,7 @@ def measure(
     decode_parts = {k: v / len(steps) for k, v in watch.take().items()}
     kept = (pending.answer().tca or {}).get("kept_ratio", 1.0)
     decode = float(np.quantile(steps, DECODE_QUANTILE))
-    return Run(prefill, decode, prefill_parts, decode_parts, kept)
+    return Run(prefill, decode, sum(steps), prefill_parts, decode_parts, kept)
 
 
 def figures_of(full: Sequence[Run], tca: Sequence[Run], chunks: int) -> list[Figure]:
@@ -146,6 +148,12 @@ def figures_of(full: Sequence[Run], tca: Sequence[Run], chunks: int) -> list[Fig
         Figure("decode step, full attention", 1e3 * dense[1], "ms"),
         Figure("decode step, tca", 1e3 * sparse[1], "ms", detail=kept),
         ratio("decode step, full / tca", decode_ratio, detail=rounds[1]),
+        Figure(
+            "decode of the whole reply, full / tca",
+            median(full, lambda r: r.decode_whole) / median(tca, lambda r: r.decode_whole),
+            "",
+            detail="all steps, those that select anew included",
+        ),
         Figure("selection in prefill", 100 * selection / sparse[0], "%", detail=shares[0]),
         Figure("bookkeeping per prefill chunk", 1e3 * per_chunk, "ms", detail=shares[1]),
         Figure("bookkeeping per decode step", 1e3 * per_step, "ms", detail=shares[2]),

@@ -14,6 +14,8 @@ from tca_runtime.sparsity.policies import POLICIES
 from tca_runtime.sparsity.settings import CalibrationFile, SparsitySettings
 
 _PATTERN = re.compile(r"(?P<policy>[a-z0-9-]+?)(?:\[(?P<options>[^\]]*)\])?(?P<rest>(?: \S+)*)")
+# Budgets of the file that comes with the runtime.
+SHIPPED = "calibrated"
 # What a word of a name sets: its letters, then a value.
 _WORDS = {
     "p": "prefill",
@@ -43,10 +45,10 @@ class Configuration:
         views of what is older than the window; ``k`` instead of ``d`` is the percentage kept of
         everything at a data set's length; ``every`` is the selection granularity, ``mass`` the
         percentage of attention mass that may be dropped, ``calibration=FILE`` gives each head its
-        own budget; ``least`` is the number of droppable tokens below which all are kept;
-        ``refresh`` the generated tokens between two selections of the decode view (with ``first``
-        those before the first, then twice as many each time), ``tail`` the last tokens of a prompt
-        that see everything
+        own budget, ``calibrated`` the one that comes with the runtime; ``least`` is the number of
+        droppable tokens below which all are kept; ``refresh`` the generated tokens between two
+        selections of the decode view (with ``first`` those before the first, then twice as many
+        each time), ``tail`` the last tokens of a prompt that see everything
     """
 
     name: str
@@ -101,11 +103,24 @@ class Configuration:
             )
         return replace(self, decode=ratio, kept=None)
 
-    def settings(self, layers: int, heads: int) -> SparsitySettings | None:
-        """As the engine takes them; None for full attention."""
+    def settings(
+        self, layers: int, heads: int, shipped: Path | None = None
+    ) -> SparsitySettings | None:
+        """As the engine takes them; None for full attention.
+
+        ``shipped`` is the file that ``calibrated`` stands for.
+
+        Raises
+        ------
+        ValueError
+            For ``calibrated`` without such a file.
+        """
         if self.policy == "full":
             return None
-        found = CalibrationFile.load(Path(self.calibration)) if self.calibration else None
+        path = shipped if self.calibration == SHIPPED else self.calibration
+        if self.calibration and path is None:
+            raise ValueError(f"configuration {self.name!r}: the model comes without a calibration")
+        found = CalibrationFile.load(Path(path)) if path else None
         tables = []
         for phase, ratio in (("prefill", self.prefill), ("decode", self.decode)):
             if found is not None:
@@ -151,6 +166,8 @@ def _options(text: str | None) -> dict[str, Any]:
 
 
 def _read_word(name: str, word: str) -> dict[str, Any]:
+    if word == SHIPPED:
+        return {"calibration": SHIPPED}
     if word.startswith("calibration="):
         return {"calibration": word.removeprefix("calibration=")}
     match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", word)

@@ -25,6 +25,7 @@ from tca_runtime.messages import LogprobOptions, TokenOutput
 from tca_runtime.models.loader import LoadedModel, load_model
 from tca_runtime.sampling_params import SamplingParams
 from tca_runtime.sparsity.core import SharedCore
+from tca_runtime.sparsity.load import shipped
 
 # Settings of the loop on each kind of device: requests that decode together, tokens per step.
 BATCH = {"cuda": (64, 8192), "cpu": (8, 2048)}
@@ -106,7 +107,8 @@ class Lab:
     def use(self, configuration: Configuration) -> None:
         """Select by ``configuration`` from now on; drops prefixes it could not have computed."""
         shape = self.engine.shape
-        settings = configuration.settings(shape.num_layers, shape.num_kv_heads)
+        file = shipped(self.engine.identity, SparsityArgs().tca_threshold)
+        settings = configuration.settings(shape.num_layers, shape.num_kv_heads, file)
         self.engine.use_sparsity(settings)
         if settings is not None and self._core == "shared":
             self.engine.cache.reclaimer.choose_core = SharedCore(settings, shape.rows)

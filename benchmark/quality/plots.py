@@ -28,8 +28,13 @@ def draw(found: Sequence[Cell], directory: Path) -> None:
 
 def _series(cell: Cell) -> str | None:
     made = Configuration.parse(cell.key.config)
-    plain = (made.probes, made.granularity, made.block) == (32, 2048, 64) and not made.options
+    plain = (made.probes, made.block) == (32, 64) and not made.options
     if made.policy == FULL or not plain or cell.kept is None:
+        return None
+    if made.tail:
+        budgets = "calibrated" if made.calibration else "uniform"
+        return f"{made.policy}, {100 * (made.prefill or 1):.0f} % in prefill, tail, {budgets}"
+    if made.granularity != 2048 or made.refresh < 1024:
         return None
     if made.max_dropped_mass is not None:
         return f"{made.policy}, limit on dropped mass"

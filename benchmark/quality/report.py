@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmark.quality.cells import FULL, Cell, cells
-from benchmark.quality.configurations import Configuration
+from benchmark.quality.configurations import SHIPPED, Configuration
 from benchmark.quality.conversations import MODES
 from benchmark.quality.records import Record, read
 
@@ -143,31 +143,45 @@ class Section:
         ]
 
 
-def _is_default(c: Configuration) -> bool:
-    plain = (c.probes, c.window, c.block, c.granularity) == (32, 512, 64, 2048)
-    return plain and not c.options and c.max_dropped_mass is None and c.calibration is None
+def _is_plain(c: Configuration) -> bool:
+    """The settings of the first runs: uniform budgets, no tail, one selection per prompt."""
+    first = (c.probes, c.window, c.block, c.granularity, c.tail, c.refresh)
+    return (
+        first == (32, 512, 64, 2048, 0, 1024)
+        and not c.options
+        and c.max_dropped_mass is None
+        and c.calibration is None
+    )
 
 
-def _is_headline(c: Configuration) -> bool:
-    return c.policy == FULL or (c.policy == "tca" and c.prefill == 0.15 and _is_default(c))
+def _is_served(c: Configuration) -> bool:
+    """The settings a server has by default, but for the refresh's intervals."""
+    return c.policy == FULL or (
+        c.policy == "tca" and c.calibration == SHIPPED and c.tail == 512 and c.granularity == 4096
+    )
+
+
+def _is_first(c: Configuration) -> bool:
+    return c.policy == FULL or (c.policy == "tca" and c.prefill == 0.15 and _is_plain(c))
 
 
 def _is_dense(c: Configuration) -> bool:
     return c.policy != FULL and c.prefill == 1.0
 
 
-RULER_DATA = frozenset(f"ruler-{n}" for n in (4096, 8192, 16384, 32768))
+RULER_DATA = frozenset(f"ruler-{n}" for n in (4096, 8192, 16384, 32000))
 TUNE_DATA = frozenset(f"tune-{n}" for n in (4096, 8192, 16384))
 
 SECTIONS = {
-    "headline": Section(_is_headline, lengths=RULER_DATA),
-    "tasks": Section(_is_headline, lengths=frozenset({"ruler-8192"}), by_task=True),
+    "headline": Section(_is_served, lengths=RULER_DATA),
+    "tasks": Section(_is_served, lengths=frozenset({"ruler-8192"}), by_task=True),
+    "first": Section(_is_first, lengths=RULER_DATA),
     "prefill": Section(
-        lambda c: c.policy == "tca" and c.kept == 0.39 and _is_default(c),
+        lambda c: c.policy == "tca" and c.kept == 0.39 and _is_plain(c),
         lengths=frozenset({"ruler-8192"}),
     ),
     "policies": Section(
-        lambda c: c.policy == FULL or (_is_dense(c) and _is_default(c)), lengths=RULER_DATA
+        lambda c: c.policy == FULL or (_is_dense(c) and _is_plain(c)), lengths=RULER_DATA
     ),
     "scores": Section(
         lambda c: _is_dense(c) and c.policy == "tca" and bool(c.options), lengths=RULER_DATA
@@ -182,7 +196,9 @@ SECTIONS = {
     "auto": Section(lambda c: c.max_dropped_mass is not None, (*WHERE, *COLUMNS, DROPPED)),
     "granularity": Section(
         lambda c: (
-            c.prefill == 0.15 and (c.granularity != 2048 or c.probes != 32 or bool(c.options))
+            c.prefill == 0.15
+            and not c.tail
+            and (c.granularity != 2048 or c.probes != 32 or bool(c.options))
         ),
         lengths=RULER_DATA,
     ),

@@ -127,6 +127,7 @@ def test_teacher_forcing_repeats_what_the_server_generates(
             sparsity=SparsityArgs(
                 tca_config=f"uniform:{ratio}",
                 tca_window=64,
+                tca_tail=0,
                 tca_min_candidates=128,
                 host_cache_size=0,
             ),

@@ -152,6 +152,25 @@ class FakeStep:
         return [] if chunk.prompt_targets is None else chunk.prompt_targets.tolist()
 
 
+class FakeBegun:
+    """A step whose layers come one by one; until it ends, its slots are its own."""
+
+    def __init__(self, engine: FakeEngine, step: StepInput) -> None:
+        self.layers_left = LAYERS
+        self._engine = engine
+        self._step = step
+
+    def advance(self, num_layers: int) -> None:
+        free = set(self._engine.cache.pool.free_slots().tolist())
+        for chunk in self._step.chunks:
+            assert not free.intersection(chunk.slots.flatten().tolist()), "freed between layers"
+        self.layers_left -= min(num_layers, self.layers_left)
+
+    def finish(self) -> FakeStep:
+        assert not self.layers_left
+        return self._engine.launch(self._step)
+
+
 class FakeEngine:
     """Stores each token's id as its key and predicts from the ids its view reads back.
 
@@ -174,6 +193,8 @@ class FakeEngine:
         views = ViewTable(max_requests, LAYERS, HEADS, arena, cpu)
         self.cache = CacheManager(pool, views, share_prefixes)
         self.model_config = SimpleNamespace(eos_token_ids=(EOS,))
+        self.shape = SimpleNamespace(num_layers=LAYERS)
+        self.begun = 0
         self.sparsity = sparsity
         self.is_asynchronous = is_asynchronous
         self.tokens = torch.zeros(max_requests + 1, dtype=torch.int64)
@@ -187,6 +208,10 @@ class FakeEngine:
             free(slots, after)
 
         pool.free = poison_and_free  # type: ignore[method-assign]
+
+    def begin(self, step: StepInput) -> FakeBegun:
+        self.begun += 1
+        return FakeBegun(self, step)
 
     def launch(self, step: StepInput) -> FakeStep:
         self.steps.append(step)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tca_runtime.engine.step import StepInput
 from tca_runtime.messages import (
     AbortRequest,
     Control,
@@ -16,7 +17,11 @@ from tca_runtime.messages import (
     LogprobOptions,
 )
 from tca_runtime.sampling_params import SamplingParams
-from tests.scheduler.fakes import EOS, ROWS, VOCAB, Harness, expected_output
+from tca_runtime.scheduler.pace import PrefillPace
+from tca_runtime.sparsity.budget import BudgetTable
+from tca_runtime.sparsity.policies import create_policy
+from tca_runtime.sparsity.settings import SparsitySettings
+from tests.scheduler.fakes import EOS, HEADS, LAYERS, ROWS, VOCAB, Harness, expected_output
 from tests.scheduler.tiny_server import Server, prompt
 
 
@@ -81,6 +86,53 @@ def test_overlap_changes_no_answer(
     assert usage.running_slots == 0
     if capacity == 400 and not any(r.abort is not None for r in workload):
         assert usage == one.engine.cache.usage()
+
+
+long_work = st.builds(
+    Work,
+    arrival=st.integers(0, 30),
+    prompt=st.lists(st.integers(1, 3), min_size=1, max_size=60),
+    max_new=st.integers(0, 40),
+    abort=st.none() | st.integers(0, 60),
+    grammar=st.none() | st.none() | st.integers(1, 8),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    workload=st.lists(long_work, min_size=2, max_size=8),
+    capacity=st.integers(110, 200) | st.just(800),
+    overlap=st.booleans(),
+    mixed=st.booleans(),
+    tail=st.sampled_from([0, 8]),
+)
+def test_chunks_computed_layer_by_layer_change_no_answer(
+    workload: list[Work], capacity: int, overlap: bool, mixed: bool, tail: int
+) -> None:
+    table = BudgetTable.uniform(0.5, LAYERS, HEADS, block=4)
+    selecting = SparsitySettings(
+        create_policy("tca"),
+        table,
+        table,
+        window=4,
+        min_candidates=4,
+        probes=4,
+        granularity=16,
+        first_refresh=1024,
+        tail=tail,
+    )
+    args = {"capacity_tokens": capacity, "chunked_prefill_size": 64, "mixed_batches": mixed}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PrefillPace, "budget", lambda self, decoding: 4 if decoding else 64)
+        harness = serve(workload, overlap, sparsity=selecting, **args)
+    for i, request in enumerate(workload):
+        finish, tokens = harness.finish(f"r{i}"), harness.tokens(f"r{i}")
+        expected = expected_output(request.prompt, request.max_new)
+        if request.grammar is None:
+            cut = len(tokens) if finish.type == "abort" else len(expected)
+            assert tokens == expected[:cut]
+        assert finish.type != "abort" or request.abort is not None
+    assert harness.engine.cache.usage().running_slots == 0
 
 
 def long_prompts(length: int) -> list[list[int]]:
@@ -236,6 +288,34 @@ def answers(server: Server) -> list[tuple[list[int], list[Any], FinishReason | N
         rounded = [(v and round(v, 2), token) for v, token in pairs]
         found.append((server.tokens(f"r{i}"), rounded, server.last(f"r{i}").finish))
     return found
+
+
+def test_a_real_engine_answers_the_same_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long prompts beside a stream, whose chunks take several steps each."""
+    prompts = [prompt(i, 900 + 150 * i) for i in range(3)]
+    alone = [Server(tca_tail=64).ask(p, 20) for p in prompts]
+    stream = Server().ask(prompt(9, 40), 200)
+    monkeypatch.setattr(PrefillPace, "budget", lambda self, decoding: 32 if decoding else 256)
+    for overlap in (False, True):
+        server = Server(overlap=overlap, tca_tail=64)
+        begun: list[int] = []
+        begin = server.engine.begin
+
+        def recording(step: StepInput, begin: Any = begin, begun: list[int] = begun) -> Any:
+            begun += [len(chunk.tokens) for chunk in step.chunks if not step.decode]
+            return begin(step)
+
+        monkeypatch.setattr(server.engine, "begin", recording)
+        server.submit("stream", prompt(9, 40), 200)
+        for _ in range(4):
+            server.scheduler.run_once()
+        for i, text in enumerate(prompts):
+            server.submit(f"r{i}", text, 20)
+        server.run()
+        assert begun.count(256) >= 6
+        assert [server.tokens(f"r{i}") for i in range(3)] == alone
+        assert server.tokens("stream") == stream
+        server.engine.cache.check()
 
 
 @pytest.mark.parametrize(

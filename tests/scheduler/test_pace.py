@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tca_runtime.config import SchedulerArgs
+from tca_runtime.messages import AbortRequest
 from tca_runtime.scheduler.pace import MIN_CHUNK, PrefillPace
 from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.policies import create_policy
@@ -77,20 +78,50 @@ def spans(harness: Harness, first: int) -> list[tuple[int, int, bool]]:
     return [(end - len(c.tokens), end, c.sees_past) for c, end in zip(chunks, ends, strict=True)]
 
 
-def test_only_chunks_that_select_are_computed_whole_and_they_come_one_by_one(
+def test_chunks_that_select_are_computed_whole_but_a_few_layers_at_a_time(
     selecting: Harness,
 ) -> None:
     for i in range(3):
         selecting.submit(f"r{i}", [20 + i] * 40, 2)
     selecting.run()
-    mixed = [chunks for decoding, chunks in sizes(selecting) if chunks and decoding]
-    assert all(sum(chunks) <= BUDGET or chunks == [16] for chunks in mixed)
-    assert sum(map(sum, mixed)) == 120
+    steps = sizes(selecting)
+    assert all(sum(chunks) <= BUDGET for decoding, chunks in steps if decoding)
+    whole = [chunks for decoding, chunks in steps if chunks and not decoding]
+    assert whole == [[16]] * 3 and selecting.engine.begun == 3
+    assert sum(sum(chunks) for _, chunks in steps) == 120
     for i in range(3):
         cut = spans(selecting, 20 + i)
         assert all(end <= 16 for _, end, sees_past in cut if sees_past)
         assert [span for span in cut if not span[2]] == [(16, 32, False), (32, 40, False)]
         assert selecting.tokens(f"r{i}") == expected_output([20 + i] * 40, 2)
+
+
+def test_streams_go_on_between_the_layers_of_a_long_chunk(selecting: Harness) -> None:
+    selecting.submit("r", [20] * 32, 2)
+    decoding = []
+    for _ in range(40):
+        before = len(selecting.engine.steps)
+        selecting.scheduler.run_once()
+        if selecting.scheduler._long is not None:
+            decoding += [len(s.decode) for s in selecting.engine.steps[before:]]
+    # Layers of 16 tokens, of whose two one is worth the budget.
+    assert decoding == [1] * LAYERS
+    selecting.run()
+    assert selecting.tokens("r") == expected_output([20] * 32, 2)
+
+
+def test_who_ends_during_a_long_chunk_leaves_when_it_is_done(selecting: Harness) -> None:
+    selecting.submit("r", [20] * 32, 2)
+    scheduler = selecting.scheduler
+    while scheduler._long is None:
+        scheduler.run_once()
+    selecting.mail.inbound.append(AbortRequest(rid="r"))
+    scheduler.run_once()
+    assert selecting.last("r").finish is not None
+    assert scheduler._long is not None and len(scheduler.planner.leaving) == 1
+    selecting.run()
+    assert not scheduler.planner.leaving
+    selecting.engine.cache.check()
 
 
 def test_the_queries_that_choose_a_decode_view_stay_together(known_pace: None) -> None:

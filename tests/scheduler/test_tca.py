@@ -241,8 +241,8 @@ def test_the_tail_of_a_prompt_sees_everything(monkeypatch: pytest.MonkeyPatch) -
     server = Server(chunk=1024, tca_tail=300)
     plan = server.scheduler.planner.plan
 
-    def recording(may_retract: bool = True) -> Any:
-        made = plan(may_retract)
+    def recording(**state: bool) -> Any:
+        made = plan(**state)
         chunks.extend((c.begin, c.end, c.sees_past) for c in made.chunks)
         return made
 

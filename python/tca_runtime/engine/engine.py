@@ -18,10 +18,11 @@ from tca_runtime.cache.views import ViewTable
 from tca_runtime.config import RuntimeConfig
 from tca_runtime.engine.graphs import DecodeGraphs
 from tca_runtime.engine.memory import ARENA_FACTOR, host_pool, host_slots, pool_tokens
-from tca_runtime.engine.output import LaunchedStep
+from tca_runtime.engine.output import LaunchedStep, StartedStep
 from tca_runtime.engine.sampler import Sampler
 from tca_runtime.engine.step import ChunkInput, StepInput, StepOutput
 from tca_runtime.engine.upload import upload, upload_ints
+from tca_runtime.models.base import ForwardPass
 from tca_runtime.models.loader import LoadedModel, load_model
 from tca_runtime.sparsity.batched import BatchedSelection
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, StepSelection
@@ -69,7 +70,7 @@ class Engine:
             ARENA_FACTOR * pool.capacity,
             self.device,
         )
-        identity = ModelIdentity(
+        self.identity = ModelIdentity(
             fingerprint=loaded.model.fingerprint(),
             num_layers=self.shape.num_layers,
             num_kv_heads=self.shape.num_kv_heads,
@@ -82,7 +83,7 @@ class Engine:
             host=host_pool(num_host_slots, self.shape),
             may_prune=config.sparsity.tca_retention != "never",
         )
-        self.use_sparsity(load_settings(config.sparsity, identity, config.model.model_path))
+        self.use_sparsity(load_settings(config.sparsity, self.identity, config.model.model_path))
         self.backend = create_backend(config.attention.attention_backend, self.shape, pool.kv)
         self.backend.before_layer = self.cache.transfers.wait_for
         self.sampler = Sampler(loaded.config.vocab_size, self.device)
@@ -118,11 +119,26 @@ class Engine:
         if not step.chunks and 0 < len(step.decode) <= limit:
             hidden, places = self._replay(step)
             return self._launched(step, hidden, [], places)
+        started = self.begin(step)
+        started.advance(self.shape.num_layers)
+        return started.finish()
+
+    @torch.inference_mode()
+    def begin(self, step: StepInput) -> StartedStep:
+        """Prepare a step whose layers are queued later, other steps between them.
+
+        What it writes and reads must stay as it is until the step has ended.
+        """
         work = [self._selection(chunk) for chunk in step.chunks]
         selection = self._chooser(step, work) if any(work) else None
-        hidden = self._forward(step, selection)
-        views = [selection.decode_view(i) if selection else None for i in range(len(work))]
-        return self._launched(step, hidden, views)
+        forward = self._forward(step, selection)
+
+        @torch.inference_mode()
+        def finish() -> LaunchedStep:
+            views = [selection.decode_view(i) if selection else None for i in range(len(work))]
+            return self._launched(step, forward.hidden(), views)
+
+        return StartedStep(forward, finish)
 
     def warm_up(self) -> None:
         """Compile and capture what would be at first use, so that no request waits for it."""
@@ -173,7 +189,7 @@ class Engine:
 
     def _forward(
         self, step: StepInput, selection: StepSelection | BatchedSelection | None
-    ) -> Tensor:
+    ) -> ForwardPass:
         num_decode = len(step.decode)
         indices = self._indices([d.sequence.view.index for d in step.decode])
         ids: list[NDArray[np.int64]] = []
@@ -195,7 +211,7 @@ class Engine:
         if ids:
             tokens = torch.cat([tokens, self._upload(np.concatenate(ids))])
         attention = self.backend.begin(self._attention_step(step, indices, chunks, selection))
-        return self.model.forward(tokens, self._upload(np.concatenate(positions)), attention)
+        return self.model.begin(tokens, self._upload(np.concatenate(positions)), attention)
 
     def _attention_step(
         self,

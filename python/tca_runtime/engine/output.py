@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,30 @@ from tca_runtime.engine.logprobs import PendingLogprobs, prompt_logprobs, token_
 from tca_runtime.engine.sampler import RowSampling, Sampler
 from tca_runtime.engine.step import ChunkInput, LogprobWish, PositionLogprobs, StepInput, StepOutput
 from tca_runtime.engine.upload import download, upload_ints
-from tca_runtime.models.base import CausalLM
+from tca_runtime.models.base import CausalLM, ForwardPass
 from tca_runtime.sparsity.chooser import DecodeView
+
+
+class StartedStep:
+    """A step whose layers are queued little by little (``BegunStep``)."""
+
+    def __init__(self, forward: ForwardPass, finish: Callable[[], LaunchedStep]) -> None:
+        self._forward = forward
+        self._finish = finish
+
+    @torch.inference_mode()
+    def advance(self, num_layers: int) -> None:
+        """See ``BegunStep``."""
+        self._forward.advance(num_layers)
+
+    @property
+    def layers_left(self) -> int:
+        """See ``BegunStep``."""
+        return self._forward.layers_left
+
+    def finish(self) -> LaunchedStep:
+        """See ``BegunStep``."""
+        return self._finish()
 
 
 class LaunchedStep:

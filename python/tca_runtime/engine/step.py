@@ -119,3 +119,20 @@ class PendingStep(Protocol):
     def result(self) -> StepOutput:
         """Wait for the device and return everything."""
         ...
+
+
+class BegunStep(Protocol):
+    """A step of which not all layers were launched; other steps may be, between its layers."""
+
+    def advance(self, num_layers: int) -> None:
+        """Launch the next layers, at most those that are left."""
+        ...
+
+    @property
+    def layers_left(self) -> int:
+        """Layers that were not launched."""
+        ...
+
+    def finish(self) -> PendingStep:
+        """Once no layer is left: what remains of the step."""
+        ...

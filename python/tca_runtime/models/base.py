@@ -9,8 +9,29 @@ from torch import Tensor
 from tca_runtime.attention.base import LayerAttention
 
 
+class ForwardPass(Protocol):
+    """A forward pass under way: other passes may run between its layers."""
+
+    def advance(self, num_layers: int) -> None:
+        """Run the next layers, at most those that are left."""
+        ...
+
+    @property
+    def layers_left(self) -> int:
+        """Layers that have not run."""
+        ...
+
+    def hidden(self) -> Tensor:
+        """Hidden states ``[T, hidden]`` after all layers and the final norm."""
+        ...
+
+
 class CausalLM(Protocol):
     """A decoder-only language model without a cache of its own."""
+
+    def begin(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> ForwardPass:
+        """Prepare ``forward``, to be run some layers at a time."""
+        ...
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> Tensor:
         """Run all layers over a flat batch of tokens.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,47 @@ from tca_runtime.models.layers import (
 )
 from tca_runtime.models.rope import RotaryTable
 from tca_runtime.models.weights.builder import WeightBuilder
+
+
+class DecoderPass:
+    """A forward pass of a ``Decoder``, some layers at a time (``ForwardPass``)."""
+
+    def __init__(
+        self,
+        layers: Sequence[DecoderLayer],
+        norm: RMSNorm,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention: LayerAttention,
+    ) -> None:
+        self._layers = layers
+        self._norm = norm
+        self._hidden = hidden
+        self._rotation = rotation
+        self._attention = attention
+        self._next = 0
+
+    def advance(self, num_layers: int) -> None:
+        """See ``ForwardPass``."""
+        hidden, (cos, sin) = self._hidden, self._rotation
+        end = min(self._next + num_layers, len(self._layers))
+        for index in range(self._next, end):
+            layer = self._layers[index]
+            layer.attention.add_to(
+                hidden, layer.input_norm(hidden), index, cos, sin, self._attention
+            )
+            layer.mlp.add_to(hidden, layer.mlp_norm(hidden))
+        self._next = end
+
+    @property
+    def layers_left(self) -> int:
+        """See ``ForwardPass``."""
+        return len(self._layers) - self._next
+
+    def hidden(self) -> Tensor:
+        """See ``ForwardPass``."""
+        assert not self.layers_left
+        return self._norm(self._hidden)
 
 
 class Decoder:
@@ -44,14 +86,18 @@ class Decoder:
             config.rope, config.head_dim, config.max_position, weights.dtype, weights.device
         )
 
+    def begin(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> DecoderPass:
+        """See ``CausalLM.begin``."""
+        hidden = self._embedding(input_ids)
+        return DecoderPass(
+            self._layers, self._norm, hidden, self._rotary.lookup(positions), attention
+        )
+
     def forward(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> Tensor:
         """Hidden states ``[T, hidden]`` after the final norm; see ``CausalLM.forward``."""
-        hidden = self._embedding(input_ids)
-        cos, sin = self._rotary.lookup(positions)
-        for index, layer in enumerate(self._layers):
-            layer.attention.add_to(hidden, layer.input_norm(hidden), index, cos, sin, attention)
-            layer.mlp.add_to(hidden, layer.mlp_norm(hidden))
-        return self._norm(hidden)
+        whole = self.begin(input_ids, positions, attention)
+        whole.advance(len(self._layers))
+        return whole.hidden()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``[N, vocab]`` of ``[N, hidden]``."""

@@ -53,16 +53,16 @@ class ControlHandler:
             return ControlReply(call_id=message.call_id, ok=False, message=str(error))
         return ControlReply(call_id=message.call_id, ok=True, message=text, payload=payload)
 
-    def record_step(self, plan: StepPlan, seconds: float) -> None:
-        """Count what a step did."""
+    def record_step(self, plan: StepPlan, seconds: float, between: int = 0) -> None:
+        """Count what a step did; ``between`` as in ``LaunchedPlan``."""
         now = time.monotonic()
         tokens = len(plan.decode) + sum(c.end == c.request.num_prompt for c in plan.chunks)
         for chunk in plan.chunks:
-            self.prompt_tokens += chunk.end - chunk.begin
+            self.prompt_tokens += chunk.size
             if chunk.request.sequence is not None and chunk.begin == chunk.request.cached_tokens:
                 self.cached_tokens += chunk.begin
         self.generated_tokens += tokens
-        computed = sum(chunk.end - chunk.begin for chunk in plan.chunks)
+        computed = between + sum(chunk.size for chunk in plan.chunks)
         self._scheduler.planner.pace.record(len(plan.decode), computed, seconds)
         self.num_steps += 1
         self.step_seconds += seconds

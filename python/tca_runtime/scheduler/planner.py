@@ -37,13 +37,22 @@ class PlannedChunk:
     slots: Tensor
     sees_past: bool
 
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Requests that decode one token each, and chunks that prefill."""
+    """Requests that decode one token each, and chunks that prefill.
+
+    ``long`` is a chunk that cannot be cut and takes longer than the decoding requests should wait:
+    it is computed a few layers at a time between this step and later ones.
+    """
 
     decode: list[Request]
     chunks: list[PlannedChunk]
+    long: PlannedChunk | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -87,20 +96,23 @@ class StepPlanner:
         """Every request that has not ended."""
         return [*self.waiting, *self.prefilling, *self.running]
 
-    def plan(self, may_retract: bool = True) -> StepPlan:
+    def plan(self, may_retract: bool = True, may_prefill: bool = True) -> StepPlan:
         """Choose and allocate the next step.
 
         While a step is in flight its requests must not be retracted. The plan is empty then where
         one would have to give way: the caller plans again when that step has been consumed.
+        Nothing prefills while a long chunk is being computed.
         """
         if not may_retract and not self._reserve():
             return StepPlan([], [])
+        if not may_prefill:
+            return StepPlan(self._plan_decode(), [])
         chunks: list[PlannedChunk] = []
         decode: list[Request] = []
         self._plan_refresh(chunks)
         if self._args.mixed_batches or not (self.waiting or self.prefilling):
             decode = self._plan_decode()
-        budget = self.pace.budget(len(decode))
+        budget = allowed = self.pace.budget(len(decode))
         for request in [r for r in self.prefilling if r.missing]:
             budget -= self._plan_chunk(request, budget, chunks)
         self._admit(budget, chunks)
@@ -110,6 +122,8 @@ class StepPlanner:
         if stuck and may_retract:
             # Half-computed prompts block one another: the newest gives way.
             self._retract(max(self.prefilling, key=lambda r: r.arrival))
+        if decode and len(chunks) == 1 and chunks[0].size > allowed:
+            return StepPlan(decode, [], chunks[0])
         return StepPlan(decode, chunks)
 
     def prefilled(self, request: Request) -> None:

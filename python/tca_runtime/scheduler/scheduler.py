@@ -30,6 +30,7 @@ from tca_runtime.messages import (
 from tca_runtime.scheduler.control import ControlHandler
 from tca_runtime.scheduler.deadlines import Deadlines
 from tca_runtime.scheduler.intake import Intake, Limits
+from tca_runtime.scheduler.long_chunk import LongChunk
 from tca_runtime.scheduler.planner import PlannedChunk, StepPlan, StepPlanner
 from tca_runtime.scheduler.request import Request
 from tca_runtime.scheduler.results import check_finish, take_output
@@ -55,11 +56,15 @@ GRAMMAR_POLL_MS = 5
 
 @dataclass(frozen=True)
 class LaunchedPlan:
-    """A step on its way through the device."""
+    """A step on its way through the device.
+
+    ``between`` are the prompt tokens that a long chunk's layers, launched before it, are worth.
+    """
 
     plan: StepPlan
     step: PendingStep
     started: float
+    between: int = 0
 
 
 class Scheduler:
@@ -69,7 +74,8 @@ class Scheduler:
     n, then the tokens of step n are consumed. That works because nothing but the end of a request
     depends on which tokens were drawn: the next step finds them on the device, and slots and views
     have lengths that the host knows. So memory changes hands when a step is launched (``_launch``)
-    and tokens when it is consumed (``_consume``).
+    and tokens when it is consumed (``_consume``). Between two steps some layers of a long chunk may
+    run (``LongChunk``); all its layers together are a step of their own.
 
     A request that ended may still be in the step launched before that was known: what is drawn
     for it is dropped, and it leaves its slots when that step has been consumed. A request ends in
@@ -106,7 +112,8 @@ class Scheduler:
         self._deadlines = Deadlines(config.scheduler)
         self._control = ControlHandler(self, engine, config)
         self._overlap = engine.is_asynchronous and not config.scheduler.disable_overlap
-        self._in_flight: LaunchedPlan | None = None
+        self._in_flight: list[LaunchedPlan] = []
+        self._long: LongChunk | None = None
         self._consumed_at = 0.0
         self._last_heartbeat = 0.0
         self.stream_interval = STREAM_INTERVAL
@@ -114,18 +121,18 @@ class Scheduler:
         self._checked = 2
 
     def run_once(self) -> None:
-        """One iteration: messages in, at most one step launched, replies of the last one out."""
+        """One iteration: messages in, the next step launched, replies of the last one out."""
         for message in self._inbox.drain(self._patience()):
             self._handle(message)
         self._deadlines.mark(self.planner.active)
         self._end_finished()
         previous, self._in_flight = self._in_flight, self._launch()
-        if previous is not None:
-            self._consume(previous)
-        if self._in_flight is not None:
-            self._in_flight.step.sample()
-            if not self._overlap:
-                self._settle()
+        for launched in previous:
+            self._consume(launched)
+        for launched in self._in_flight:
+            launched.step.sample()
+        if not self._overlap:
+            self._settle()
         self._idle_check()
         self._beat()
 
@@ -138,7 +145,8 @@ class Scheduler:
         if self.planner.is_idle:
             return IDLE_POLL_MS
         waiting = any(r.grammar is None for r in self.planner.waiting)
-        computing = waiting or self.planner.running or self.planner.prefilling or self._in_flight
+        planner, under_way = self.planner, self._in_flight or self._long
+        computing = waiting or planner.running or planner.prefilling or under_way
         return 0 if computing else GRAMMAR_POLL_MS
 
     def _handle(self, message: ToScheduler) -> None:
@@ -169,27 +177,46 @@ class Scheduler:
             request.grammar = self._grammars.submit(message.sampling.grammar)
         self.planner.waiting.add(request)
 
-    def _launch(self) -> LaunchedPlan | None:
-        """Plan a step and start it; None when there is nothing to compute.
-
-        Requests whose prompt it completes decode in the next step already.
-        """
-        plan = self.planner.plan(may_retract=self._in_flight is None)
-        if plan.is_empty:
-            return None
+    def _launch(self) -> list[LaunchedPlan]:
+        """Plan a step and start it, behind some layers of a long chunk; empty without work."""
         started = time.perf_counter()
-        step = self.engine.launch(self._step_input(plan))
+        launched: list[LaunchedPlan] = []
+        between = 0
+        if self._long is not None:
+            between = self._long.advance(self.planner.pace.budget(len(self.planner.running)))
+            if self._long.is_done:
+                plan = StepPlan([], [self._long.chunk])
+                launched.append(self._launched(plan, self._long.step.finish(), started))
+                self._long = None
+        plan = self.planner.plan(
+            may_retract=not self._in_flight and not launched and self._long is None,
+            may_prefill=self._long is None,
+        )
+        if not plan.is_empty:
+            step = self.engine.launch(self._step_input(plan))
+            launched.append(self._launched(plan, step, started, between))
+        if plan.long is not None:
+            step_input = StepInput([], [self._chunk_input(plan.long)])
+            layers = self.engine.shape.num_layers
+            self._long = LongChunk(plan.long, self.engine.begin(step_input), layers)
+        return launched
+
+    def _launched(
+        self, plan: StepPlan, step: PendingStep, started: float, between: int = 0
+    ) -> LaunchedPlan:
+        """Requests whose prompt the step completes decode in the next step already."""
         for request in plan.decode:
             request.num_pending += 1
         for chunk, view in zip(plan.chunks, step.decode_views, strict=True):
             request = chunk.request
-            if chunk.end == request.num_tokens:
+            # One that ended while its long chunk was computed is leaving.
+            if chunk.end == request.num_tokens and request not in self.planner.leaving:
                 assert request.sequence is not None
                 self.engine.cache.commit(request.namespace, request.sequence, request.all_tokens)
                 self._show(request, view)
                 self.planner.prefilled(request)
                 request.num_pending += request.max_new_tokens > 0
-        return LaunchedPlan(plan, step, started)
+        return LaunchedPlan(plan, step, started, between)
 
     def _step_input(self, plan: StepPlan) -> StepInput:
         decode = []
@@ -221,9 +248,9 @@ class Scheduler:
         )
 
     def _settle(self) -> None:
-        """Consume the step in flight, if there is one."""
-        if self._in_flight is not None:
-            launched, self._in_flight = self._in_flight, None
+        """Consume what is in flight."""
+        flying, self._in_flight = self._in_flight, []
+        for launched in flying:
             self._consume(launched)
 
     def _consume(self, launched: LaunchedPlan) -> None:
@@ -303,7 +330,8 @@ class Scheduler:
         seconds = now - max(launched.started, self._consumed_at)
         self._consumed_at = now
         going = [r for r in launched.plan.decode if r.finish is None]
-        self._control.record_step(StepPlan(going, launched.plan.chunks), seconds)
+        done = StepPlan(going, launched.plan.chunks)
+        self._control.record_step(done, seconds, launched.between)
 
     def _end_finished(self) -> None:
         """The one place where requests end: terminal reply, then release.
@@ -318,8 +346,10 @@ class Scheduler:
             self.planner.leave(ended)
             self._outbox.send(TokenBatch(outputs=[take_output(r) for r in ended]))
         if self.planner.leaving:
-            busy = self._in_flight.plan.requests if self._in_flight is not None else []
-            self.planner.release_left(set(busy))
+            busy = {r for launched in self._in_flight for r in launched.plan.requests}
+            if self._long is not None:
+                busy.add(self._long.chunk.request)
+            self.planner.release_left(busy)
 
     def _check_grammars(self) -> None:
         """Hand compiled grammars to their requests; a broken one is its client's mistake."""

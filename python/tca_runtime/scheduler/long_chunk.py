@@ -1,0 +1,36 @@
+"""A chunk that cannot be cut, computed while other requests decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tca_runtime.engine.step import BegunStep
+from tca_runtime.scheduler.planner import PlannedChunk
+
+
+@dataclass(frozen=True, eq=False)
+class LongChunk:
+    """A prefill chunk of which a few layers run between two decode steps.
+
+    The queries of a chunk that selects belong together, because the last of them choose for all.
+    Its layers do not: K and V that a layer writes are read by the next chunk only.
+    """
+
+    chunk: PlannedChunk
+    step: BegunStep
+    num_layers: int
+
+    def advance(self, budget: int) -> int:
+        """Launch as many layers as take as long as ``budget`` prompt tokens do, at least one.
+
+        Returns
+        -------
+        The prompt tokens whose computation would have taken as long.
+        """
+        size, before = self.chunk.size, self.step.layers_left
+        self.step.advance(max(1, budget * self.num_layers // size))
+        return -(-size * (before - self.step.layers_left) // self.num_layers)
+
+    @property
+    def is_done(self) -> bool:
+        return not self.step.layers_left

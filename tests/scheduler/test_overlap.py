@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tca_runtime.engine.step import StepInput
 from tca_runtime.messages import (
     AbortRequest,
     Control,
@@ -17,7 +16,9 @@ from tca_runtime.messages import (
     LogprobOptions,
 )
 from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.scheduler.long_chunk import LongChunk
 from tca_runtime.scheduler.pace import PrefillPace
+from tca_runtime.scheduler.planner import StepPlan, StepPlanner
 from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.policies import create_policy
 from tca_runtime.sparsity.settings import SparsitySettings
@@ -290,31 +291,40 @@ def answers(server: Server) -> list[tuple[list[int], list[Any], FinishReason | N
     return found
 
 
-def test_a_real_engine_answers_the_same_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long prompts beside a stream, whose chunks take several steps each."""
-    prompts = [prompt(i, 900 + 150 * i) for i in range(3)]
-    alone = [Server(tca_tail=64).ask(p, 20) for p in prompts]
-    stream = Server().ask(prompt(9, 40), 200)
+def beside_a_stream(overlap: bool) -> tuple[Server, list[list[int]]]:
+    """Long prompts that arrive while another request decodes, and all answers."""
+    server = Server(overlap=overlap, tca_tail=64)
+    server.submit("stream", prompt(9, 40), 200)
+    for _ in range(4):
+        server.scheduler.run_once()
+    for i in range(3):
+        server.submit(f"r{i}", prompt(i, 900 + 150 * i), 20)
+    server.run()
+    return server, [server.tokens(rid) for rid in ("stream", "r0", "r1", "r2")]
+
+
+def test_layers_between_steps_compute_what_one_step_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefillPace, "budget", lambda self, decoding: 32 if decoding else 256)
-    for overlap in (False, True):
-        server = Server(overlap=overlap, tca_tail=64)
-        begun: list[int] = []
-        begin = server.engine.begin
+    advance, layers = LongChunk.advance, []
 
-        def recording(step: StepInput, begin: Any = begin, begun: list[int] = begun) -> Any:
-            begun += [len(chunk.tokens) for chunk in step.chunks if not step.decode]
-            return begin(step)
+    def recording(self: LongChunk, budget: int) -> int:
+        layers.append(self.step.layers_left)
+        return advance(self, budget)
 
-        monkeypatch.setattr(server.engine, "begin", recording)
-        server.submit("stream", prompt(9, 40), 200)
-        for _ in range(4):
-            server.scheduler.run_once()
-        for i, text in enumerate(prompts):
-            server.submit(f"r{i}", text, 20)
-        server.run()
-        assert begun.count(256) >= 6
-        assert [server.tokens(f"r{i}") for i in range(3)] == alone
-        assert server.tokens("stream") == stream
+    with monkeypatch.context() as patch:
+        patch.setattr(LongChunk, "advance", recording)
+        found = [beside_a_stream(overlap) for overlap in (False, True)]
+    num_layers = found[0][0].engine.shape.num_layers
+    assert layers.count(num_layers) >= 12 and layers.count(1) == layers.count(num_layers)
+    plan = StepPlanner.plan
+
+    def at_once(self: StepPlanner, **state: bool) -> StepPlan:
+        made = plan(self, **state)
+        return made if made.long is None else StepPlan(made.decode, [made.long])
+
+    monkeypatch.setattr(StepPlanner, "plan", at_once)
+    for overlap, (server, answers) in zip((False, True), found, strict=True):
+        assert answers == beside_a_stream(overlap)[1]
         server.engine.cache.check()
 
 

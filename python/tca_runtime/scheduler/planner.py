@@ -101,15 +101,16 @@ class StepPlanner:
 
         While a step is in flight its requests must not be retracted. The plan is empty then where
         one would have to give way: the caller plans again when that step has been consumed.
-        Nothing prefills while a long chunk is being computed.
+        No prompt prefills while a long chunk is being computed.
         """
         if not may_retract and not self._reserve():
             return StepPlan([], [])
-        if not may_prefill:
-            return StepPlan(self._plan_decode(), [])
         chunks: list[PlannedChunk] = []
         decode: list[Request] = []
         self._plan_refresh(chunks)
+        if not may_prefill:
+            return StepPlan(self._plan_decode(), chunks)
+        num_refreshed = len(chunks)
         if self._args.mixed_batches or not (self.waiting or self.prefilling):
             decode = self._plan_decode()
         budget = allowed = self.pace.budget(len(decode))
@@ -122,7 +123,7 @@ class StepPlanner:
         if stuck and may_retract:
             # Half-computed prompts block one another: the newest gives way.
             self._retract(max(self.prefilling, key=lambda r: r.arrival))
-        if decode and len(chunks) == 1 and chunks[0].size > allowed:
+        if decode and not num_refreshed and len(chunks) == 1 and chunks[0].size > allowed:
             return StepPlan(decode, [], chunks[0])
         return StepPlan(decode, chunks)
 

@@ -178,14 +178,14 @@ def test_the_budget_follows_what_mixed_steps_take() -> None:
 
 def test_chunks_are_not_smaller_than_where_their_size_begins_to_matter() -> None:
     """On a GPU what a mixed step costs at all can exceed what it may take."""
-    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=8192, max_decode_slowdown=2.2))
+    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=8192, max_decode_slowdown=2.2), "cuda")
     pace.record(4, 0, 0.003)
     assert 1024 <= settled(pace, 0.012, 3e-6) <= 4096
     assert 128 <= settled(pace, 0.012, 3e-5) <= 512
 
 
 def test_what_chunks_took_is_forgotten() -> None:
-    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=8192, max_decode_slowdown=2.2))
+    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=8192, max_decode_slowdown=2.2), "cuda")
     pace.record(4, 0, 0.003)
     assert settled(pace, 0.004, 1e-3) == MIN_CHUNK
     for _ in range(7):

@@ -61,10 +61,10 @@ class PrefillPace:
     begins small and follows what mixed steps took: neither is their time proportional to their
     tokens, nor does it follow from that of steps of another kind.
 
-    Prompt tokens also cost something once per step. On a GPU that alone can exceed the allowance,
-    because a step of decoding is one captured graph and a mixed one is launched kernel by kernel.
-    Smaller chunks do not help then, they only draw the slow time out; so chunks are not made
-    smaller than where their size begins to matter.
+    On a GPU prompt tokens also cost something once per step, which alone can exceed the allowance: a
+    step of decoding is one captured graph, a mixed one is launched kernel by kernel. Smaller chunks
+    do not help then, they only draw the slow time out; so chunks are not made smaller there than
+    where their size begins to matter.
     """
 
     def __init__(self, args: SchedulerArgs, device: str = "cpu") -> None:
@@ -72,7 +72,7 @@ class PrefillPace:
         self._slowdown = args.max_decode_slowdown
         self._budget = float(min(MIN_CHUNK, self._largest))
         self._decode_seconds: float | None = None
-        self._times = ChunkTimes()
+        self._times = ChunkTimes() if device == "cuda" else None
 
     def budget(self, num_decode: int) -> int:
         """Prompt tokens for a step in which ``num_decode`` requests decode."""
@@ -93,10 +93,11 @@ class PrefillPace:
     def _steer(self, num_prompt_tokens: int, seconds: float) -> None:
         """Take a mixed step that was ``seconds`` longer than a decode step."""
         assert self._decode_seconds is not None
-        self._times.add(num_prompt_tokens, seconds)
         spare = (self._slowdown - 1) * self._decode_seconds
         fits = num_prompt_tokens * spare / seconds if seconds > 0 else float("inf")
-        fits = max(fits, float(self._times.worthwhile))
+        if self._times is not None:
+            self._times.add(num_prompt_tokens, seconds)
+            fits = max(fits, float(self._times.worthwhile))
         if num_prompt_tokens < int(self._budget) <= fits:
             # There was not enough to compute to tell whether more would have fitted.
             return

@@ -30,6 +30,7 @@ _WORDS = {
     "mass": "max_dropped_mass",
     "first": "first_refresh",
     "refresh": "refresh",
+    "latest": "refresh_probes",
     "tail": "tail",
 }
 
@@ -48,7 +49,7 @@ class Configuration:
         own budget, ``calibrated`` the one that comes with the runtime; ``least`` is the number of
         droppable tokens below which all are kept; ``refresh`` the generated tokens between two
         selections of the decode view (with ``first`` those before the first, then twice as many
-        each time), ``tail`` the last tokens of a prompt that see everything
+        each time) by ``latest`` queries, ``tail`` the last tokens of a prompt that see everything
     """
 
     name: str
@@ -67,6 +68,7 @@ class Configuration:
     calibration: str | None = None
     first_refresh: int | None = None
     refresh: int = 1024
+    refresh_probes: int = 32
     tail: int = 0
 
     @staticmethod
@@ -142,6 +144,7 @@ class Configuration:
             self.granularity,
             self.first_refresh or self.refresh,
             self.refresh,
+            self.refresh_probes,
             self.tail,
         )
 
@@ -151,7 +154,9 @@ class Configuration:
         if self.policy == "full" or (self.prefill in (None, 1.0) and self.calibration is None):
             return "dense"
         views = {"decode": None, "kept": None, "max_dropped_mass": None}
-        return repr(replace(self, name="", first_refresh=None, refresh=0, **views))
+        return repr(
+            replace(self, name="", first_refresh=None, refresh=0, refresh_probes=0, **views)
+        )
 
 
 def _options(text: str | None) -> dict[str, Any]:

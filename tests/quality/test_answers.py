@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from benchmark.quality import answers, plan, samples
@@ -49,6 +51,28 @@ def test_names_say_all_of_a_configuration() -> None:
     assert (settings.probes, settings.window, settings.granularity) == (8, 256, 1024)
     assert settings.prefill.keep_ratio.mean() == pytest.approx(0.15, abs=1e-3)
     assert settings.decode.keep_ratio.shape == (2, 3)
+
+
+def test_names_of_what_happens_while_answers_are_written() -> None:
+    plain, made = parsed("tca p15 k39", "tca p15 k39 tail512 refresh64 first16 latest8")
+    settings = plain.at_length(4096).settings(2, 3)
+    assert settings is not None and (settings.tail, settings.refresh_after(0)) == (0, 1024)
+    settings = made.at_length(4096).settings(2, 3)
+    assert settings is not None and (settings.tail, settings.refresh_probes) == (512, 8)
+    assert [settings.refresh_after(n) for n in (0, 16, 32, 100)] == [16, 16, 32, 64]
+    assert made.prefill_key == parsed("tca p15 k25 tail512")[0].prefill_key != plain.prefill_key
+
+
+def test_calibrated_budgets_come_with_the_model(tmp_path: Path) -> None:
+    (made,) = parsed("tca p15 d39 calibrated")
+    with pytest.raises(ValueError, match="without a calibration"):
+        made.settings(24, 2)
+    configs = Path(str(resources.files("tca_runtime.sparsity"))) / "configs"
+    settings = made.settings(24, 2, configs / "qwen2.5-coder-0.5b-0.95.json")
+    assert settings is not None
+    assert settings.prefill.keep_ratio.mean() == pytest.approx(0.15, abs=1e-3)
+    assert np.ptp(settings.decode.keep_ratio) > 0.1
+    assert parsed("tca p100 d39 calibrated")[0].prefill_key != "dense"
 
 
 @pytest.mark.parametrize("name", ["nothing d10", "tca d0", "tca p150", "tca what3", "tca d", ""])

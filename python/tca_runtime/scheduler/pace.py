@@ -61,10 +61,10 @@ class PrefillPace:
     begins small and follows what mixed steps took: neither is their time proportional to their
     tokens, nor does it follow from that of steps of another kind.
 
-    On a GPU prompt tokens also cost something once per step, which alone can exceed the allowance: a
-    step of decoding is one captured graph, a mixed one is launched kernel by kernel. Smaller chunks
-    do not help then, they only draw the slow time out; so chunks are not made smaller there than
-    where their size begins to matter.
+    On a GPU prompt tokens also cost something once per step, which alone can exceed the allowance:
+    a step of decoding is one captured graph, a mixed one is launched kernel by kernel. Smaller
+    chunks do not help then, they only draw the slow time out; so chunks are not made smaller there
+    than where their size begins to matter.
     """
 
     def __init__(self, args: SchedulerArgs, device: str = "cpu") -> None:

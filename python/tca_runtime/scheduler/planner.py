@@ -172,7 +172,7 @@ class StepPlanner:
         for request in [r for r in self.running if r.needs_refresh and not r.num_pending]:
             assert request.sequence is not None and request.sparsity is not None
             owned = request.sequence.computed - request.sequence.handle.num_tokens
-            count = min(request.sparsity.settings.probes, owned + 1)
+            count = min(request.sparsity.settings.refresh_probes, owned + 1)
             if not request.sequence.view.headroom or not self._cache.available_tokens:
                 continue
             slots = self._cache.recompute_tail(request.sequence, count)

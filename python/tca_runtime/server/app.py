@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from tca_runtime.config import RuntimeConfig
 from tca_runtime.server.auth import ApiKeyMiddleware
+from tca_runtime.server.backoff import Backoff
 from tca_runtime.server.context import ServerContext
 from tca_runtime.server.control import control_router
 from tca_runtime.server.errors import install_error_handlers
@@ -37,16 +38,19 @@ def build_app(config: RuntimeConfig, manager: TokenizerManager) -> FastAPI:
 
     app = FastAPI(title="TCA runtime", version=version("tca-runtime"), lifespan=lifespan)
     metrics = Metrics(manager)
+    backoff = Backoff()
 
     def observe(state: RequestState, new_tokens: int) -> None:
         metrics.observe(state, new_tokens)
+        if state.finish is not None and state.finish.type != "abort":
+            backoff.note_end()
         log_request(state, new_tokens)
 
     manager.observer = observe
     context = ServerContext(config, manager, metrics)
     for router in ROUTERS:
         app.include_router(router(context))
-    install_error_handlers(app, metrics.count_refusal)
+    install_error_handlers(app, metrics.count_refusal, backoff.refuse)
     install_openapi(app)
     if config.server.api_key or config.server.admin_api_key:
         app.add_middleware(ApiKeyMiddleware, args=config.server)

@@ -17,8 +17,6 @@ from tca_runtime.tokenizer.state import RequestState
 
 # The status of requests that ended because somebody wanted it; nobody waits for such a reply.
 ABORTED = 499
-# Told to clients that come at a bad time: the queue moves on with every request that ends.
-RETRY_AFTER_SECONDS = "1"
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +67,9 @@ def error_response(scope: Scope, message: str, status: int, param: str | None = 
         body = native_error(message, status)
     else:
         body = openai_error(message, status, param)
-    headers = {"Retry-After": RETRY_AFTER_SECONDS} if status in (429, 503) else None
+    headers = None
+    if status in (429, 503):
+        headers = {"Retry-After": str(scope["app"].state.retry_after())}
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
@@ -84,9 +84,16 @@ def _count(scope: Scope, status: int) -> None:
     scope["app"].state.on_refusal(status)
 
 
-def install_error_handlers(app: FastAPI, on_refusal: Callable[[int], None]) -> None:
-    """Turn exceptions of routes into replies. ``on_refusal`` is told the status of each error."""
+def install_error_handlers(
+    app: FastAPI, on_refusal: Callable[[int], None], retry_after: Callable[[], int]
+) -> None:
+    """Turn exceptions of routes into replies.
+
+    ``on_refusal`` is told the status of each error, ``retry_after`` says how many seconds a client
+    that came at a bad time should wait.
+    """
     app.state.on_refusal = on_refusal
+    app.state.retry_after = retry_after
 
     async def on_request_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)

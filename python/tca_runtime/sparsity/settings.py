@@ -124,6 +124,7 @@ class SparsitySettings:
     first_refresh, refresh : a decode view is selected anew after ``first_refresh`` generated
         tokens, because what an answer needs changes most while it begins, then whenever the
         output has doubled, and every ``refresh`` tokens at the latest
+    refresh_probes : latest queries that score then; they are computed again for it
     tail : last tokens of a prompt whose queries see their whole past; a question is usually there,
         and what its queries find decides the answer
     one_shot : prompts are computed with full attention, only the decode view is selected
@@ -138,6 +139,7 @@ class SparsitySettings:
     granularity: int = 4096
     first_refresh: int = 16
     refresh: int = 1024
+    refresh_probes: int = 32
     tail: int = 512
     one_shot: bool = False
 

@@ -139,7 +139,7 @@ class SparsitySettings:
     granularity: int = 4096
     first_refresh: int = 16
     refresh: int = 1024
-    refresh_probes: int = 32
+    refresh_probes: int = 8
     tail: int = 512
     one_shot: bool = False
 

@@ -43,9 +43,14 @@ def selecting(known_pace: None) -> Harness:
     return streaming(SELECTING)
 
 
-def streaming(sparsity: SparsitySettings | None) -> Harness:
+def streaming(sparsity: SparsitySettings | None, is_asynchronous: bool = False) -> Harness:
     """With a stream that decodes."""
-    made = Harness(capacity_tokens=800, sparsity=sparsity, chunked_prefill_size=CHUNK)
+    made = Harness(
+        capacity_tokens=800,
+        sparsity=sparsity,
+        chunked_prefill_size=CHUNK,
+        is_asynchronous=is_asynchronous,
+    )
     made.submit("stream", endless(60), 60)
     for _ in range(3):
         made.scheduler.run_once()
@@ -110,18 +115,55 @@ def test_streams_go_on_between_the_layers_of_a_long_chunk(selecting: Harness) ->
     assert selecting.tokens("r") == expected_output([20] * 32, 2)
 
 
-def test_who_ends_during_a_long_chunk_leaves_when_it_is_done(selecting: Harness) -> None:
-    selecting.submit("r", [20] * 32, 2)
-    scheduler = selecting.scheduler
+@pytest.mark.parametrize("overlap", [False, True])
+def test_who_ends_during_a_long_chunk_leaves_it_unfinished(known_pace: None, overlap: bool) -> None:
+    busy = streaming(SELECTING, is_asynchronous=overlap)
+    busy.submit("r", [20] * 32, 2)
+    scheduler = busy.scheduler
     while scheduler._long is None:
         scheduler.run_once()
-    selecting.mail.inbound.append(AbortRequest(rid="r"))
-    scheduler.run_once()
-    assert selecting.last("r").finish is not None
-    assert scheduler._long is not None and len(scheduler.planner.leaving) == 1
-    selecting.run()
-    assert not scheduler.planner.leaving
-    selecting.engine.cache.check()
+    busy.mail.inbound.append(AbortRequest(rid="r"))
+    for _ in range(2):
+        scheduler.run_once()
+    assert busy.last("r").finish is not None
+    assert scheduler._long is None and not scheduler.planner.leaving
+    assert [c for c in spans(busy, 20) if not c[2]] == []
+    busy.run()
+    busy.engine.cache.check()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_grammar_follows_a_prompt_that_ends_with_a_long_chunk(
+    known_pace: None, overlap: bool
+) -> None:
+    busy = streaming(SELECTING, is_asynchronous=overlap)
+    busy.submit("r", [20] * 32, 9, grammar=4)
+    busy.run()
+    assert busy.tokens("r") == expected_output([20] * 32, 4) and busy.engine.begun == 1
+
+
+def test_prompts_keep_to_the_pace_while_the_only_stream_selects_anew(known_pace: None) -> None:
+    busy = streaming(replace(SELECTING, first_refresh=3, refresh=3))
+    for i in range(3):
+        busy.submit(f"r{i}", [20 + i] * 40, 2)
+    busy.run()
+    steps = [s for s in busy.engine.steps if s.decode or len(s.chunks) > 1]
+    assert all(sum(len(c.tokens) for c in s.chunks) <= BUDGET + 3 * 4 for s in steps)
+    assert busy.engine.begun == 3
+    for i in range(3):
+        assert busy.tokens(f"r{i}") == expected_output([20 + i] * 40, 2)
+
+
+def test_a_run_behind_a_cached_prefix_has_enough_queries_to_choose(known_pace: None) -> None:
+    made = streaming(replace(SELECTING, tail=8))
+    made.submit("first", [20] * 30, 1)
+    made.run()
+    made.engine.steps.clear()
+    made.submit("next", [20] * 30 + expected_output([20] * 30, 1) + [21] * 11, 1)
+    made.run()
+    chunks = [c for s in made.engine.steps for c in s.chunks]
+    assert sum(len(c.tokens) for c in chunks) <= 16
+    assert all(c.sees_past or len(c.tokens) >= 4 for c in chunks)
 
 
 def test_the_queries_that_choose_a_decode_view_stay_together(known_pace: None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from tca_runtime.attention.triton_backend import TritonBackend
 from tca_runtime.cache.sequence import Sequence
 from tca_runtime.messages import Control, ControlReply, FinishReason
 from tca_runtime.scheduler.pace import PrefillPace
@@ -233,6 +234,15 @@ def test_a_view_is_selected_anew_as_the_output_doubles(monkeypatch: pytest.Monke
     monkeypatch.setattr(server.engine.cache, "show", recording)
     server.ask(prompt(1, 600), 170)
     assert sizes == [0, 8, 16, 32, 64, 114, 164]
+
+
+def test_a_refresh_sees_everything_on_every_backend() -> None:
+    """The lists of the request are the view that a refresh replaces, not what it sees."""
+    text, settings = prompt(1, 900), {"tca_first_refresh": 8, "tca_refresh": 16}
+    one, two = Server(**settings), Server(**settings)
+    # Its layout of the work, with the kernels' references.
+    two.engine.backend = TritonBackend(two.engine.shape, two.engine.cache.pool.kv)
+    assert two.ask(text, 60) == one.ask(text, 60)
 
 
 def test_the_tail_of_a_prompt_sees_everything(monkeypatch: pytest.MonkeyPatch) -> None:

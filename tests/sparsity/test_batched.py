@@ -105,7 +105,8 @@ def test_one_shot_selects_the_decode_view_alone() -> None:
     one, many, q, lists = select_both(wanted, 300, 150, True)
     ends = [350, 400, 450]
     for layer in range(2):
-        assert one(layer, 0, q[3:]) is None
+        everything = one(layer, 0, q[3:])
+        assert everything is not None and everything.lengths.tolist() == [300, 300]
         seen = many(layer, q)
         assert seen.lengths.tolist() == [[end, end] for end in ends]
         rows = lists.dense()[2 * layer : 2 * layer + 2]

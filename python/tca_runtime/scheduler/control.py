@@ -56,8 +56,11 @@ class ControlHandler:
     def record_step(self, plan: StepPlan, seconds: float, between: int = 0) -> None:
         """Count what a step did; ``between`` as in ``LaunchedPlan``."""
         now = time.monotonic()
-        tokens = len(plan.decode) + sum(c.end == c.request.num_prompt for c in plan.chunks)
+        ends = (c.end == c.request.num_tokens and c.request.max_new_tokens > 0 for c in plan.chunks)
+        tokens = len(plan.decode) + sum(ends)
         for chunk in plan.chunks:
+            if chunk.is_refresh:
+                continue
             self.prompt_tokens += chunk.size
             if chunk.request.sequence is not None and chunk.begin == chunk.request.cached_tokens:
                 self.cached_tokens += chunk.begin

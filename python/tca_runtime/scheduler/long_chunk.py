@@ -8,17 +8,20 @@ from tca_runtime.engine.step import BegunStep
 from tca_runtime.scheduler.planner import PlannedChunk
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LongChunk:
     """A prefill chunk of which a few layers run between two decode steps.
 
     The queries of a chunk that selects belong together, because the last of them choose for all.
     Its layers do not: K and V that a layer writes are read by the next chunk only.
+
+    ``credit`` are prompt tokens that earlier budgets left, less than a layer is worth.
     """
 
     chunk: PlannedChunk
     step: BegunStep
     num_layers: int
+    credit: int = 0
 
     def advance(self, budget: int) -> int:
         """Launch as many layers as take as long as ``budget`` prompt tokens do, at least one.
@@ -28,8 +31,10 @@ class LongChunk:
         The prompt tokens whose computation would have taken as long.
         """
         size, before = self.chunk.size, self.step.layers_left
-        self.step.advance(max(1, budget * self.num_layers // size))
-        return -(-size * (before - self.step.layers_left) // self.num_layers)
+        self.step.advance(max(1, (self.credit + budget) * self.num_layers // size))
+        worth = -(-size * (before - self.step.layers_left) // self.num_layers)
+        self.credit = max(0, self.credit + budget - worth)
+        return worth
 
     @property
     def is_done(self) -> bool:

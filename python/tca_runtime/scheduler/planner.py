@@ -29,13 +29,17 @@ WORTH_WAITING = 64
 
 @dataclass(frozen=True)
 class PlannedChunk:
-    """Prompt tokens ``[begin, end)`` of a request, with slots taken; see ``Stretch.sees_past``."""
+    """Prompt tokens ``[begin, end)`` of a request, with slots taken; see ``Stretch.sees_past``.
+
+    ``is_refresh``: they were computed before, their queries select a new decode view.
+    """
 
     request: Request
     begin: int
     end: int
     slots: Tensor
     sees_past: bool
+    is_refresh: bool = False
 
     @property
     def size(self) -> int:
@@ -113,18 +117,22 @@ class StepPlanner:
         num_refreshed = len(chunks)
         if self._args.mixed_batches or not (self.waiting or self.prefilling):
             decode = self._plan_decode()
-        budget = allowed = self.pace.budget(len(decode))
+        # Streams that sit this step out, or select anew in it, wait for it like the others.
+        busy = len(self.running) + num_refreshed if self._args.mixed_batches else len(decode)
+        budget = allowed = self.pace.budget(busy)
+        prompts: list[PlannedChunk] = []
         for request in [r for r in self.prefilling if r.missing]:
-            budget -= self._plan_chunk(request, budget, chunks)
-        self._admit(budget, chunks)
+            budget -= self._plan_chunk(request, budget, prompts)
+        self._admit(budget, prompts)
+        if busy and len(prompts) == 1 and prompts[0].size > allowed:
+            return StepPlan(decode, chunks, prompts[0])
+        chunks += prompts
         if not chunks and not decode and self.running:
             decode = self._plan_decode()
         stuck = not chunks and not decode and any(r.finish is None for r in self.prefilling)
         if stuck and may_retract:
             # Half-computed prompts block one another: the newest gives way.
             self._retract(max(self.prefilling, key=lambda r: r.arrival))
-        if decode and not num_refreshed and len(chunks) == 1 and chunks[0].size > allowed:
-            return StepPlan(decode, [], chunks[0])
         return StepPlan(decode, chunks)
 
     def prefilled(self, request: Request) -> None:
@@ -178,7 +186,7 @@ class StepPlanner:
             slots = self._cache.recompute_tail(request.sequence, count)
             end = request.num_tokens
             sees_past = stretch_at(request, end - count, self._chunk).sees_past
-            chunks.append(PlannedChunk(request, end - count, end, slots, sees_past))
+            chunks.append(PlannedChunk(request, end - count, end, slots, sees_past, True))
             self.running.remove(request)
             self.prefilling.append(request)
 

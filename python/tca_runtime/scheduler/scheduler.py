@@ -10,11 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tca_runtime.config import RuntimeConfig
 from tca_runtime.engine.grammar import GrammarCompiler, GrammarError
 from tca_runtime.engine.step import (
-    ChunkInput,
-    DecodeInput,
     PendingStep,
     PositionLogprobs,
-    StepInput,
 )
 from tca_runtime.messages import (
     AbortRequest,
@@ -29,9 +26,10 @@ from tca_runtime.messages import (
 )
 from tca_runtime.scheduler.control import ControlHandler
 from tca_runtime.scheduler.deadlines import Deadlines
+from tca_runtime.scheduler.inputs import step_input
 from tca_runtime.scheduler.intake import Intake, Limits
 from tca_runtime.scheduler.long_chunk import LongChunk
-from tca_runtime.scheduler.planner import PlannedChunk, StepPlan, StepPlanner
+from tca_runtime.scheduler.planner import StepPlan, StepPlanner
 from tca_runtime.scheduler.request import Request
 from tca_runtime.scheduler.results import check_finish, take_output
 from tca_runtime.sparsity.chooser import DecodeView
@@ -112,7 +110,7 @@ class Scheduler:
         self._deadlines = Deadlines(config.scheduler)
         self._control = ControlHandler(self, engine, config)
         self._overlap = engine.is_asynchronous and not config.scheduler.disable_overlap
-        self._in_flight: list[LaunchedPlan] = []
+        self._in_flight: LaunchedPlan | None = None
         self._long: LongChunk | None = None
         self._consumed_at = 0.0
         self._last_heartbeat = 0.0
@@ -126,13 +124,14 @@ class Scheduler:
             self._handle(message)
         self._deadlines.mark(self.planner.active)
         self._end_finished()
+        self._drop_long()
         previous, self._in_flight = self._in_flight, self._launch()
-        for launched in previous:
-            self._consume(launched)
-        for launched in self._in_flight:
-            launched.step.sample()
-        if not self._overlap:
-            self._settle()
+        if previous is not None:
+            self._consume(previous)
+        if self._in_flight is not None:
+            self._in_flight.step.sample()
+            if not self._overlap:
+                self._settle()
         self._idle_check()
         self._beat()
 
@@ -177,29 +176,42 @@ class Scheduler:
             request.grammar = self._grammars.submit(message.sampling.grammar)
         self.planner.waiting.add(request)
 
-    def _launch(self) -> list[LaunchedPlan]:
-        """Plan a step and start it, behind some layers of a long chunk; empty without work."""
+    def _launch(self) -> LaunchedPlan | None:
+        """Plan a step and start it, behind some layers of a long chunk; None without work."""
         started = time.perf_counter()
-        launched: list[LaunchedPlan] = []
         between = 0
         if self._long is not None:
             between = self._long.advance(self.planner.pace.budget(len(self.planner.running)))
             if self._long.is_done:
+                # Nothing else now: its token has to be drawn before the next step is launched.
                 plan = StepPlan([], [self._long.chunk])
-                launched.append(self._launched(plan, self._long.step.finish(), started))
+                step = self._long.step.finish()
                 self._long = None
+                return self._launched(plan, step, started)
         plan = self.planner.plan(
-            may_retract=not self._in_flight and not launched and self._long is None,
+            may_retract=self._in_flight is None and self._long is None,
             may_prefill=self._long is None,
         )
+        launched = None
         if not plan.is_empty:
-            step = self.engine.launch(self._step_input(plan))
-            launched.append(self._launched(plan, step, started, between))
+            step = self.engine.launch(step_input(plan))
+            launched = self._launched(plan, step, started, between)
         if plan.long is not None:
-            step_input = StepInput([], [self._chunk_input(plan.long)])
-            layers = self.engine.shape.num_layers
-            self._long = LongChunk(plan.long, self.engine.begin(step_input), layers)
+            begun = self.engine.begin(step_input(StepPlan([], [plan.long])))
+            self._long = LongChunk(plan.long, begun, self.engine.shape.num_layers)
         return launched
+
+    def _drop_long(self) -> None:
+        """Compute a long chunk no further whose request ended.
+
+        Layers that were launched have ended when a step launched after them has been consumed.
+        """
+        if self._long is None or self._long.chunk.request not in self.planner.leaving:
+            return
+        if self._overlap and self._in_flight is None:
+            return
+        self._settle()
+        self._long = None
 
     def _launched(
         self, plan: StepPlan, step: PendingStep, started: float, between: int = 0
@@ -218,39 +230,10 @@ class Scheduler:
                 request.num_pending += request.max_new_tokens > 0
         return LaunchedPlan(plan, step, started, between)
 
-    def _step_input(self, plan: StepPlan) -> StepInput:
-        decode = []
-        for request in plan.decode:
-            assert request.sequence is not None
-            decode.append(DecodeInput(request.sequence, request.sampling, request.wish))
-        return StepInput(decode, [self._chunk_input(chunk) for chunk in plan.chunks])
-
-    def _chunk_input(self, chunk: PlannedChunk) -> ChunkInput:
-        request = chunk.request
-        assert request.sequence is not None
-        last = chunk.end == request.num_tokens and request.max_new_tokens > 0
-        first_wanted = max(chunk.begin + 1, request.logprob_start, 1)
-        stop = min(chunk.end + 1, request.num_prompt)
-        targets = None
-        if not request.num_output and first_wanted < stop:
-            targets = request.tokens[first_wanted:stop]
-        return ChunkInput(
-            sequence=request.sequence,
-            tokens=request.tokens[chunk.begin : chunk.end],
-            slots=chunk.slots,
-            sampling=request.sampling if last else None,
-            logprobs=request.wish,
-            prompt_offset=first_wanted - 1 - chunk.begin,
-            prompt_targets=targets,
-            sparsity=request.sparsity,
-            ends_prompt=chunk.end == request.num_tokens,
-            sees_past=chunk.sees_past,
-        )
-
     def _settle(self) -> None:
-        """Consume what is in flight."""
-        flying, self._in_flight = self._in_flight, []
-        for launched in flying:
+        """Consume the step in flight, if there is one."""
+        if self._in_flight is not None:
+            launched, self._in_flight = self._in_flight, None
             self._consume(launched)
 
     def _consume(self, launched: LaunchedPlan) -> None:
@@ -346,7 +329,7 @@ class Scheduler:
             self.planner.leave(ended)
             self._outbox.send(TokenBatch(outputs=[take_output(r) for r in ended]))
         if self.planner.leaving:
-            busy = {r for launched in self._in_flight for r in launched.plan.requests}
+            busy = set(self._in_flight.plan.requests) if self._in_flight is not None else set()
             if self._long is not None:
                 busy.add(self._long.chunk.request)
             self.planner.release_left(busy)

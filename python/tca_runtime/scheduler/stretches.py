@@ -38,7 +38,11 @@ def stretch_at(request: Request, begin: int, largest: int) -> Stretch:
     quantum = min(settings.granularity, largest)
     first, tail = settings.first_selection(quantum), _tail(settings, end, quantum)
     if first <= begin < tail:
-        return Stretch(min(tail, begin - begin % quantum + quantum), begin, False)
+        stop = min(tail, begin - begin % quantum + quantum)
+        if stop - begin < settings.probes:
+            # Too few queries to choose, behind a cached prefix.
+            return Stretch(stop, stop, True)
+        return Stretch(stop, begin, False)
     if begin < first < tail:
         return Stretch(first, first, True)
     uncut = settings.probes if settings.num_candidates(end) else 0

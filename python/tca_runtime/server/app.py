@@ -42,7 +42,7 @@ def build_app(config: RuntimeConfig, manager: TokenizerManager) -> FastAPI:
 
     def observe(state: RequestState, new_tokens: int) -> None:
         metrics.observe(state, new_tokens)
-        if state.finish is not None and state.finish.type != "abort":
+        if state.finish is not None and state.finish.status != 503:
             backoff.note_end()
         log_request(state, new_tokens)
 

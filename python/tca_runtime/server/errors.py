@@ -69,7 +69,8 @@ def error_response(scope: Scope, message: str, status: int, param: str | None = 
         body = openai_error(message, status, param)
     headers = None
     if status in (429, 503):
-        headers = {"Retry-After": str(scope["app"].state.retry_after())}
+        probe = scope["path"].startswith("/health")
+        headers = {"Retry-After": "1" if probe else str(scope["app"].state.retry_after())}
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 

@@ -16,7 +16,7 @@ from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.layout import Layout
 from tca_runtime.sparsity.policies import Candidates
-from tca_runtime.sparsity.selection import LayerScores, select
+from tca_runtime.sparsity.selection import LayerScores, select, without_last
 from tca_runtime.sparsity.settings import BLOCK_SIZE, SparsitySettings
 
 # What of a client's ``custom_params`` is read here.
@@ -137,7 +137,8 @@ class StepSelection:
             self._pool.importance[candidates.slots] = torch.maximum(best, new)
             work.scored.append((candidates, index))
         if work.prefill is None:
-            return None
+            # In a refresh the request's own lists are the view that is to be replaced.
+            return without_last(scores.lists, work.num_tokens) if work.sees_past else None
         index = scores.index(work.prefill, rows)
         candidates = self._candidates(scores, index, settings.block)
         return select(

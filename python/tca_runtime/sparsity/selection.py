@@ -103,6 +103,15 @@ def select(
     return Selected(HeadLists(slots, lengths), keep, dropped)
 
 
+def without_last(lists: HeadLists, count: int) -> HeadLists:
+    """The lists but for the last ``count`` entries of each."""
+    ends = torch.from_numpy(lists.lengths.cumsum()).to(lists.slots.device)
+    keep = torch.ones(len(lists.slots), dtype=torch.bool, device=lists.slots.device)
+    keep[ends[:, None] - 1 - torch.arange(count, device=keep.device)] = False
+    lengths = lists.lengths - count
+    return HeadLists(compact(lists.slots, keep, int(lengths.sum())), lengths)
+
+
 def compact(values: Tensor, keep: Tensor, total: int) -> Tensor:
     """``values[keep]`` where the host knows that ``total`` remain, so nothing waits."""
     target = torch.where(keep, torch.cumsum(keep, 0) - 1, total)

@@ -109,8 +109,8 @@ def test_streams_go_on_between_the_layers_of_a_long_chunk(selecting: Harness) ->
         selecting.scheduler.run_once()
         if selecting.scheduler._long is not None:
             decoding += [len(s.decode) for s in selecting.engine.steps[before:]]
-    # Layers of 16 tokens, of whose two one is worth the budget.
-    assert decoding == [1] * LAYERS
+    # It begins beside a step; then one layer of 16 tokens is worth the budget.
+    assert decoding == [1] * (1 + LAYERS)
     selecting.run()
     assert selecting.tokens("r") == expected_output([20] * 32, 2)
 

@@ -181,13 +181,12 @@ class Scheduler:
         started = time.perf_counter()
         between = 0
         if self._long is not None:
-            between = self._long.advance(self.planner.pace.budget(len(self.planner.running)))
             if self._long.is_done:
                 # Nothing else now: its token has to be drawn before the next step is launched.
-                plan = StepPlan([], [self._long.chunk])
-                step = self._long.step.finish()
+                plan, step = StepPlan([], [self._long.chunk]), self._long.step.finish()
                 self._long = None
                 return self._launched(plan, step, started)
+            between = self._long.advance(self.planner.pace.budget(len(self.planner.running)))
         plan = self.planner.plan(
             may_retract=self._in_flight is None and self._long is None,
             may_prefill=self._long is None,

@@ -24,6 +24,8 @@ from tca_runtime.models.loader import LoadedModel
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 
 TASKS = ["niah_single_1", "qa_squad"]
+CONFIGS = Path(str(resources.files("tca_runtime.sparsity"))) / "configs"
+SHIPPED_FILE = CONFIGS / "qwen2.5-coder-0.5b-0.95.json"
 LABELS = {"model": "tiny", "data": "d"}
 
 
@@ -63,12 +65,11 @@ def test_names_of_what_happens_while_answers_are_written() -> None:
     assert made.prefill_key == parsed("tca p15 k25 tail512")[0].prefill_key != plain.prefill_key
 
 
-def test_calibrated_budgets_come_with_the_model(tmp_path: Path) -> None:
+def test_calibrated_budgets_come_with_the_model() -> None:
     (made,) = parsed("tca p15 d39 calibrated")
     with pytest.raises(ValueError, match="without a calibration"):
         made.settings(24, 2)
-    configs = Path(str(resources.files("tca_runtime.sparsity"))) / "configs"
-    settings = made.settings(24, 2, configs / "qwen2.5-coder-0.5b-0.95.json")
+    settings = made.settings(24, 2, SHIPPED_FILE)
     assert settings is not None
     assert settings.prefill.keep_ratio.mean() == pytest.approx(0.15, abs=1e-3)
     assert np.ptp(settings.decode.keep_ratio) > 0.1
@@ -164,7 +165,7 @@ def test_shipped_plans_can_be_read() -> None:
         for stage in plan.read_plan(path):
             length = int(stage.data.rsplit("-", 1)[1])
             for configuration in stage.configurations:
-                configuration.at_length(length).settings(2, 2)
+                configuration.at_length(length).settings(24, 2, SHIPPED_FILE)
 
 
 def test_a_plan_runs_within_its_time(

@@ -86,6 +86,7 @@ class Lab:
                 max_queued_requests=1 << 20,
                 chunked_prefill_size=chunk,
                 schedule_policy="fcfs",
+                # Nobody reads along: what counts is when the last answer is there.
                 max_decode_slowdown=0.0,
             ),
             attention=AttentionArgs(attention_backend=backend),

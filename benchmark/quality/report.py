@@ -144,7 +144,7 @@ class Section:
 
 
 def _is_plain(c: Configuration) -> bool:
-    """The settings of the first runs: uniform budgets, no tail, one selection per prompt."""
+    """The settings of the first runs: uniform budgets, no tail, a selection every 2048."""
     first = (c.probes, c.window, c.block, c.granularity, c.tail, c.refresh)
     return (
         first == (32, 512, 64, 2048, 0, 1024)

@@ -60,19 +60,20 @@ class DecodeGraphs:
     def capture(self) -> None:
         """Capture all batch sizes; takes seconds."""
         self._fill([], [])
-        pool = None
-        for size in reversed(self._sizes):
-            # The first run compiles kernels, which a capture may not.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._forward(size)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with no_collections(), torch.cuda.graph(graph, pool=pool):
-                hidden = self._forward(size)
-            pool = graph.pool()
-            self._captured[size] = _Captured(graph, hidden)
+        with no_collections():
+            pool = None
+            for size in reversed(self._sizes):
+                # The first run compiles kernels, which a capture may not.
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    self._forward(size)
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    hidden = self._forward(size)
+                pool = graph.pool()
+                self._captured[size] = _Captured(graph, hidden)
 
     def run(self, positions: Sequence[int], views: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Hidden states ``[B, hidden]``, and ``views`` (rows of the table) on the device.

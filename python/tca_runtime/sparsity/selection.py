@@ -94,9 +94,7 @@ def select(
     chosen = policy.choose(candidates, counts.reshape(-1, counts.shape[-1])[rows], kept)
     keep = torch.ones(len(lists.slots), dtype=torch.bool, device=lists.slots.device)
     keep[index] = chosen
-    if without_last:
-        ends = torch.from_numpy(lists.lengths.cumsum()).to(keep.device)
-        keep[ends[:, None] - 1 - torch.arange(without_last, device=keep.device)] = False
+    _forget_last(keep, lists, without_last)
     lengths = lists.lengths - num_candidates + kept - without_last
     dropped = (candidates.importance * ~chosen).sum(-1)
     slots = compact(lists.slots, keep, int(lengths.sum()))
@@ -105,11 +103,17 @@ def select(
 
 def without_last(lists: HeadLists, count: int) -> HeadLists:
     """The lists but for the last ``count`` entries of each."""
-    ends = torch.from_numpy(lists.lengths.cumsum()).to(lists.slots.device)
     keep = torch.ones(len(lists.slots), dtype=torch.bool, device=lists.slots.device)
-    keep[ends[:, None] - 1 - torch.arange(count, device=keep.device)] = False
+    _forget_last(keep, lists, count)
     lengths = lists.lengths - count
     return HeadLists(compact(lists.slots, keep, int(lengths.sum())), lengths)
+
+
+def _forget_last(keep: Tensor, lists: HeadLists, count: int) -> None:
+    """Set ``keep`` to False for the last ``count`` entries of each list."""
+    if count:
+        ends = torch.from_numpy(lists.lengths.cumsum()).to(keep.device)
+        keep[ends[:, None] - 1 - torch.arange(count, device=keep.device)] = False
 
 
 def compact(values: Tensor, keep: Tensor, total: int) -> Tensor:

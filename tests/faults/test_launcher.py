@@ -141,8 +141,14 @@ def test_sigterm_of_the_whole_group_drains_too(launch: Launch) -> None:
 
 def test_sigterm_during_the_start(launch: Launch) -> None:
     server = launch(ready=False)
-    server.wait_until(lambda: bool(server.sockets("tokenizer")))
-    (child,) = [c for c in psutil.Process(server.process.pid).children() if "spawn" in _line(c)]
+    launcher = psutil.Process(server.process.pid)
+
+    def spawned() -> list[psutil.Process]:
+        return [child for child in launcher.children() if "spawn" in _line(child)]
+
+    # Not the socket alone: it is there before the child is, and the child before its command line.
+    server.wait_until(lambda: bool(server.sockets("tokenizer")) and bool(spawned()))
+    (child,) = spawned()
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(30) == 0
     assert not child.is_running()

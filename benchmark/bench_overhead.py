@@ -4,13 +4,16 @@ Run from the root of the repository: ``python -m benchmark.bench_overhead``.
 
 The model is a tiny one with random weights, so that everything but the engine dominates.
 
-Overhead of a request at batch 1 = end-to-end time at an HTTP client, minus the time of a request
-with the same prompt in the same scheduler loop and engine fed from memory in a process of its own
-(benchmark/workers/engine_loop.py). So HTTP, tokenisation, ZMQ and detokenisation count as
-overhead, and so do the client's own time and whatever the server does between two requests. The
-sides are measured in turn, a block of requests back to back on each, every request with a prompt
-of its own; the median of the differences prompt by prompt is reported, for whole replies and for
-streams.
+Overhead of a request at batch 1 = end-to-end time at an HTTP client, minus the time its scheduler
+was busy with it, from taking it out of the inbox to having its last token
+(benchmark/workers/timed_server.py). So HTTP, tokenisation, ZMQ and detokenisation count as
+overhead, and so does the client's own time. Both are times of the same request in the same
+processes: the same model in another process is faster or slower by up to a fifth, by where its
+memory lies.
+
+A stream also slows the engine itself, whose cores the tokenizer process and the client then share.
+So a streamed request is compared with the engine's time of a whole reply just before or after it.
+The medians over all requests are reported.
 
 Then many clients stream at once, each one request after the other; no request may fail.
 """
@@ -19,12 +22,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -36,17 +42,18 @@ from benchmark.serving.client import Endpoint, generate, open_http
 from benchmark.serving.load import run_closed_loop
 from benchmark.serving.metrics import RequestResult, Summary, summarise
 from benchmark.serving.workloads import random_sessions, random_text
-from benchmark.workers.pipe import Worker, running_worker
 
 # A real tokenizer, so that tokenising and detokenising cost what they cost.
 MODEL = ["--load-format", "dummy", "--model-config", "tiny", "--tokenizer-path", "smollm2-135m"]
 LIMIT_MS = 5.0
 TIMEOUT_S = 300
+# Pairs before the measured ones.
+WARM_UP = 10
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Seconds of one request through HTTP, inside the server, and in the engine alone."""
+class Reply:
+    """Seconds of one request: at the client, by the server's own account, in its scheduler."""
 
     http: float
     server: float
@@ -54,28 +61,26 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """Seconds of one request at the client and inside the server, and its prompt's tokens."""
+class Pair:
+    """A whole reply and a streamed one of as many tokens, one right after the other."""
 
-    seconds: float
-    inside: float
-    prompt_tokens: int
-
-
-Ask = Callable[[aiohttp.ClientSession, str, str, dict[str, Any]], Awaitable[Reply]]
+    whole: Reply
+    streamed: Reply
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, save; the exit status is 1 if a target is missed."""
     args = _parse(argv)
     load_average = load_before()
-    with running_server(MODEL) as server:
-        with running_worker("benchmark.workers.engine_loop", MODEL) as engine:
-            whole, streamed = asyncio.run(_pairs(server.url, engine, args))
-        load = asyncio.run(_many_clients(server.url, args))
+    with tempfile.TemporaryDirectory() as directory:
+        times = Path(directory) / "times"
+        os.environ["TIMES_FILE"] = str(times)
+        with running_server(MODEL, module="benchmark.workers.timed_server") as server:
+            pairs = asyncio.run(_pairs(server.url, times, args))
+            load = asyncio.run(_many_clients(server.url, args))
     figures = [
-        *_overhead_figures("whole reply", whole),
-        *_overhead_figures("streamed reply", streamed),
+        *_overhead_figures("whole reply", [(p.whole, p.whole.engine) for p in pairs]),
+        *_overhead_figures("streamed reply", [(p.streamed, p.whole.engine) for p in pairs]),
         *_load_figures(load, args),
     ]
     print(format_figures(figures))
@@ -83,68 +88,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {count} x {message}")
     raw = {
         "load_average_before": load_average,
-        "whole": [asdict(p) for p in whole],
-        "streamed": [asdict(p) for p in streamed],
+        "pairs": [asdict(p) for p in pairs],
         "load": asdict(load),
     }
     print(f"written to {save_figures('overhead', vars(args), figures, raw)}")
     return 0 if all_passed(figures) else 1
 
 
-async def _pairs(
-    url: str, engine: Worker, args: argparse.Namespace
-) -> tuple[list[Pair], list[Pair]]:
+async def _pairs(url: str, times: Path, args: argparse.Namespace) -> list[Pair]:
     rng = random.Random(args.seed)
-    whole: list[Pair] = []
-    streamed: list[Pair] = []
-    async with open_http(TIMEOUT_S) as http:
-        for block in tqdm(range(args.blocks + 1), unit="block"):
-            for ask, pairs in ((_whole, whole), (_streamed, streamed)):
-                texts = [random_text(rng, args.input_len) for _ in range(args.block)]
-                measured = await _block(http, url, engine, texts, args.output_len, ask)
-                # The first block warms both sides up.
-                pairs += measured if block else []
-    return whole, streamed
-
-
-async def _block(
-    http: aiohttp.ClientSession,
-    url: str,
-    engine: Worker,
-    texts: Sequence[str],
-    output_len: int,
-    ask: Ask,
-) -> list[Pair]:
-    sampling = {"max_new_tokens": output_len, "temperature": 0.0, "ignore_eos": True}
-    replies = [await ask(http, url, text, sampling) for text in texts]
+    sampling = {"max_new_tokens": args.output_len, "temperature": 0.0, "ignore_eos": True}
     pairs = []
-    for text, reply in zip(texts, replies, strict=True):
-        # In a thread: the loop must see it when the server closes an idle connection meanwhile.
-        alone = await asyncio.to_thread(engine.ask, text=text, new_tokens=output_len)
-        if alone["prompt_tokens"] != reply.prompt_tokens:
-            raise RuntimeError(f"the engine saw {alone['prompt_tokens']} tokens for {reply}")
-        pairs.append(Pair(reply.seconds, reply.inside, alone["seconds"]))
-    return pairs
+    async with open_http(TIMEOUT_S) as http:
+        for i in tqdm(range(WARM_UP + args.pairs), unit="pair"):
+            whole, streamed = (random_text(rng, args.input_len) for _ in range(2))
+            if i % 2:
+                second = await _streamed(http, url, streamed, sampling, times)
+                pair = Pair(await _whole(http, url, whole, sampling, times), second)
+            else:
+                first = await _whole(http, url, whole, sampling, times)
+                pair = Pair(first, await _streamed(http, url, streamed, sampling, times))
+            pairs.append(pair)
+    return pairs[WARM_UP:]
 
 
 async def _whole(
-    http: aiohttp.ClientSession, url: str, text: str, sampling: dict[str, Any]
+    http: aiohttp.ClientSession, url: str, text: str, sampling: dict[str, Any], times: Path
 ) -> Reply:
     start = time.perf_counter()
     body = {"text": text, "sampling_params": sampling}
     async with http.post(url + "/generate", json=body) as response:
         response.raise_for_status()
         meta = (await response.json())["meta_info"]
-    return Reply(time.perf_counter() - start, meta["e2e_latency"], meta["prompt_tokens"])
+    return Reply(time.perf_counter() - start, meta["e2e_latency"], _last_time(times))
 
 
 async def _streamed(
-    http: aiohttp.ClientSession, url: str, text: str, sampling: dict[str, Any]
+    http: aiohttp.ClientSession, url: str, text: str, sampling: dict[str, Any], times: Path
 ) -> Reply:
     result = await generate(http, url, text, sampling)
     if result.error is not None or result.server_latency is None:
         raise RuntimeError(f"request failed: {result.error or 'no e2e_latency'}")
-    return Reply(result.e2e, result.server_latency, result.prompt_tokens)
+    return Reply(result.e2e, result.server_latency, _last_time(times))
+
+
+def _last_time(times: Path) -> float:
+    return float(times.read_text().split()[-1])
 
 
 async def _many_clients(url: str, args: argparse.Namespace) -> Summary:
@@ -163,19 +152,13 @@ async def _many_clients(url: str, args: argparse.Namespace) -> Summary:
     return summarise(results, planned=count)
 
 
-def _overhead_figures(name: str, pairs: Sequence[Pair]) -> list[Figure]:
-    added = [(p.http - p.engine) * 1e3 for p in pairs]
-    inside = statistics.median((p.server - p.engine) * 1e3 for p in pairs)
-    engine = statistics.median(p.engine * 1e3 for p in pairs)
-    total = statistics.median(p.http * 1e3 for p in pairs)
-    if statistics.median(added) < 0:
-        raise RuntimeError(
-            f"{name}: the engine alone took longer than the whole server; "
-            "something else keeps this machine busy, so nothing can be concluded"
-        )
+def _overhead_figures(name: str, measured: Sequence[tuple[Reply, float]]) -> list[Figure]:
+    """``measured``: replies, and the seconds that the engine alone needs for each."""
+    added = [(reply.http - engine) * 1e3 for reply, engine in measured]
+    inside = statistics.median((reply.server - engine) * 1e3 for reply, engine in measured)
     return [
-        Figure(f"{name}: engine alone", engine, "ms"),
-        Figure(f"{name}: through HTTP", total, "ms"),
+        Figure(f"{name}: engine alone", statistics.median(e for _, e in measured) * 1e3, "ms"),
+        Figure(f"{name}: through HTTP", statistics.median(r.http for r, _ in measured) * 1e3, "ms"),
         Figure(
             f"{name}: overhead",
             statistics.median(added),
@@ -205,8 +188,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--blocks", type=int, default=8, help="measured, after one more (8)")
-    parser.add_argument("--block", type=int, default=10, help="requests of a block (10)")
+    parser.add_argument(
+        "--pairs", type=int, default=200, help="of a whole and a streamed reply (200)"
+    )
     parser.add_argument("--input-len", type=int, default=64, help="words of a prompt (64)")
     parser.add_argument("--output-len", type=int, default=32, help="tokens of a reply (32)")
     parser.add_argument("--clients", type=int, default=200, help="that stream at once (200)")

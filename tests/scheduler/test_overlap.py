@@ -124,7 +124,7 @@ def test_chunks_computed_layer_by_layer_change_no_answer(
     )
     args = {"capacity_tokens": capacity, "chunked_prefill_size": 64, "mixed_batches": mixed}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PrefillPace, "budget", lambda self, decoding: 4 if decoding else 64)
+        patch.setattr(PrefillPace, "budget", lambda self, decoding, prompts: 4 if decoding else 64)
         harness = serve(workload, overlap, sparsity=selecting, **args)
     for i, request in enumerate(workload):
         finish, tokens = harness.finish(f"r{i}"), harness.tokens(f"r{i}")
@@ -304,7 +304,9 @@ def beside_a_stream(overlap: bool) -> tuple[Server, list[list[int]]]:
 
 
 def test_layers_between_steps_compute_what_one_step_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PrefillPace, "budget", lambda self, decoding: 32 if decoding else 256)
+    monkeypatch.setattr(
+        PrefillPace, "budget", lambda self, decoding, prompts: 32 if decoding else 256
+    )
     advance, layers = LongChunk.advance, []
 
     def recording(self: LongChunk, budget: int) -> int:

@@ -30,7 +30,9 @@ def endless(length: int) -> list[int]:
 
 @pytest.fixture
 def known_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PrefillPace, "budget", lambda self, decoding: BUDGET if decoding else CHUNK)
+    monkeypatch.setattr(
+        PrefillPace, "budget", lambda self, decoding, prompts: BUDGET if decoding else CHUNK
+    )
 
 
 @pytest.fixture(params=[None, SHORT], ids=["full", "selection"])
@@ -244,6 +246,19 @@ def test_the_budget_moves_by_steps_and_not_for_lack_of_work() -> None:
     assert pace.budget(4) == MIN_CHUNK * 5 // 4
     pace.record(4, MIN_CHUNK * 5 // 4, 9.0)
     assert pace.budget(4) == MIN_CHUNK
+
+
+@pytest.mark.parametrize(
+    ("prompts", "raised"), [(0, 1), (1, 1), (2, 1), (3, 1.5), (4, 2), (8, 4), (1000, 8)]
+)
+def test_prompts_that_pile_up_before_few_streams_raise_the_budget(
+    prompts: int, raised: float
+) -> None:
+    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=1000, max_decode_slowdown=3.0))
+    assert pace.budget(4, prompts) == MIN_CHUNK * raised
+    assert pace.budget(32, prompts) == MIN_CHUNK * max(1, min(prompts / 16, 8))
+    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=100, max_decode_slowdown=3.0))
+    assert pace.budget(4, prompts) == min(MIN_CHUNK * raised, 100)
 
 
 def test_pacing_can_be_turned_off() -> None:

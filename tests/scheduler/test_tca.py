@@ -300,7 +300,9 @@ def test_a_selection_does_not_depend_on_what_else_is_computed(
     alone = Server(tca_selection=selection)
     alone.submit("r", text)
     alone.run()
-    monkeypatch.setattr(PrefillPace, "budget", lambda self, decoding: 24 if decoding else 256)
+    monkeypatch.setattr(
+        PrefillPace, "budget", lambda self, decoding, prompts: 24 if decoding else 256
+    )
     busy = Server(tca_selection=selection)
     if cached:
         busy.ask(text[:cached], 1)

@@ -13,6 +13,9 @@ _GROWTH = 1.25
 _SHRINKAGE = 0.5
 # Twice the tokens are worth a step that takes this much longer.
 _WORTHWHILE = 4 / 3
+# How many streams that go on a prompt that waits is worth, and how far that raises the budget.
+_PROMPT_WEIGHT = 2
+_MOST_RAISED = 8.0
 # Measurements of an octave before the next one is tried.
 _TRIALS = 4
 # Mixed steps after which what a size of chunk took is forgotten: prompts and batches change.
@@ -61,6 +64,10 @@ class PrefillPace:
     begins small and follows what mixed steps took: neither is their time proportional to their
     tokens, nor does it follow from that of steps of another kind.
 
+    That protects many streams from a few prompts. Where prompts pile up before few streams, it would
+    keep everybody waiting: steps that decode little cost as much as those that decode a lot, and
+    small chunks more than large ones. So the budget is raised then, in proportion.
+
     On a GPU prompt tokens also cost something once per step, which alone can exceed the allowance:
     a step of decoding is one captured graph, a mixed one is launched kernel by kernel. Smaller
     chunks do not help then, they only draw the slow time out; so chunks are not made smaller there
@@ -74,11 +81,15 @@ class PrefillPace:
         self._decode_seconds: float | None = None
         self._times = ChunkTimes() if device == "cuda" else None
 
-    def budget(self, num_decode: int) -> int:
-        """Prompt tokens for a step in which ``num_decode`` requests decode."""
+    def budget(self, num_decode: int, num_prompts: int = 0) -> int:
+        """Prompt tokens for a step in which ``num_decode`` requests decode.
+
+        ``num_prompts`` requests wait for their first token.
+        """
         if not self._slowdown or not num_decode:
             return self._largest
-        return int(self._budget)
+        raised = min(max(1.0, _PROMPT_WEIGHT * num_prompts / num_decode), _MOST_RAISED)
+        return min(int(self._budget * raised), self._largest)
 
     def record(self, num_decode: int, num_prompt_tokens: int, seconds: float) -> None:
         """Learn from a step."""

@@ -119,7 +119,7 @@ class StepPlanner:
             decode = self._plan_decode()
         # Streams that sit this step out, or select anew in it, wait for it like the others.
         busy = len(self.running) + num_refreshed if self._args.mixed_batches else len(decode)
-        budget = allowed = self.pace.budget(busy)
+        budget = allowed = self.prompt_budget(busy)
         prompts: list[PlannedChunk] = []
         for request in [r for r in self.prefilling if r.missing]:
             budget -= self._plan_chunk(request, budget, prompts)
@@ -134,6 +134,10 @@ class StepPlanner:
             # Half-computed prompts block one another: the newest gives way.
             self._retract(max(self.prefilling, key=lambda r: r.arrival))
         return StepPlan(decode, chunks)
+
+    def prompt_budget(self, num_decode: int) -> int:
+        """Prompt tokens that a step may compute in which ``num_decode`` requests decode."""
+        return self.pace.budget(num_decode, len(self.waiting) + len(self.prefilling))
 
     def prefilled(self, request: Request) -> None:
         """The request's prompt is computed; it decodes from now on."""

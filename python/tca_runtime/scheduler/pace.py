@@ -14,7 +14,7 @@ _SHRINKAGE = 0.5
 # Twice the tokens are worth a step that takes this much longer.
 _WORTHWHILE = 4 / 3
 # How many streams that go on a prompt that waits is worth, and how far that raises the budget.
-_PROMPT_WEIGHT = 2
+_PROMPT_WEIGHT = 4
 _MOST_RAISED = 8.0
 # Measurements of an octave before the next one is tried.
 _TRIALS = 4

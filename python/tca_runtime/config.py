@@ -75,7 +75,7 @@ class SchedulerArgs:
     max_decode_slowdown: float = _option(
         2.2,
         "how many times as long as a decode step a step may take that also computes part of a "
-        "prompt; more where more than one prompt waits for four that decode; 0 is no limit",
+        "prompt; more where more than half as many prompts wait as requests decode; 0 is no limit",
     )
     schedule_policy: str = _option(
         "lpm", "order of admission: longest prefix match or arrival", choices=("lpm", "fcfs")

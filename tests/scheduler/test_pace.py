@@ -249,14 +249,14 @@ def test_the_budget_moves_by_steps_and_not_for_lack_of_work() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "raised"), [(0, 1), (1, 1), (2, 2), (3, 3), (4, 4), (8, 8), (1000, 8)]
+    ("prompts", "raised"), [(0, 1), (1, 1), (2, 1), (3, 1.5), (4, 2), (8, 4), (1000, 8)]
 )
 def test_prompts_that_pile_up_before_few_streams_raise_the_budget(
     prompts: int, raised: float
 ) -> None:
     pace = PrefillPace(SchedulerArgs(chunked_prefill_size=1000, max_decode_slowdown=3.0))
     assert pace.budget(4, prompts) == MIN_CHUNK * raised
-    assert pace.budget(32, prompts) == MIN_CHUNK * max(1, min(prompts / 8, 8))
+    assert pace.budget(32, prompts) == MIN_CHUNK * max(1, min(prompts / 16, 8))
     pace = PrefillPace(SchedulerArgs(chunked_prefill_size=100, max_decode_slowdown=3.0))
     assert pace.budget(4, prompts) == min(MIN_CHUNK * raised, 100)
 

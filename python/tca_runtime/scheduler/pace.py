@@ -14,7 +14,7 @@ _SHRINKAGE = 0.5
 # Twice the tokens are worth a step that takes this much longer.
 _WORTHWHILE = 4 / 3
 # How many streams that go on a prompt that waits is worth, and how far that raises the budget.
-_PROMPT_WEIGHT = 4
+_PROMPT_WEIGHT = 2
 _MOST_RAISED = 8.0
 # Measurements of an octave before the next one is tried.
 _TRIALS = 4
@@ -64,9 +64,9 @@ class PrefillPace:
     begins small and follows what mixed steps took: neither is their time proportional to their
     tokens, nor does it follow from that of steps of another kind.
 
-    That protects many streams from a few prompts. Where prompts pile up before few streams, it would
-    keep everybody waiting: steps that decode little cost as much as those that decode a lot, and
-    small chunks more than large ones. So the budget is raised then, in proportion.
+    That protects many streams from a few prompts. Where prompts pile up before few streams, it
+    would keep everybody waiting: steps that decode little cost as much as those that decode a lot,
+    and small chunks more than large ones. So the budget is raised then, in proportion.
 
     On a GPU prompt tokens also cost something once per step, which alone can exceed the allowance:
     a step of decoding is one captured graph, a mixed one is launched kernel by kernel. Smaller

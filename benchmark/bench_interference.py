@@ -29,8 +29,8 @@ from benchmark.serving.metrics import RequestResult
 TOKEN_IDS = range(20, 250)
 # How much longer the longest gaps may get.
 LIMIT = 3.0
-# Without the limit on steps that the last case has; selections are computed whole, so without TCA.
-DEFAULT_CASES = ("--disable-tca --max-decode-slowdown 0", "--disable-tca")
+# What the limit on steps changes; the last two are servers as they are by default.
+DEFAULT_CASES = ("--max-decode-slowdown 0", "--disable-tca", "")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(format_figures(figures))
     settings = {**vars(args), "load_before": load}
     raw = {"cases": [asdict(case) for case in cases]}
-    print(f"written to {save_figures('interference', settings, figures, raw)}")
+    print(f"written to {save_figures(args.name, settings, figures, raw)}")
     return 0 if all_passed(figures) else 1
 
 
@@ -189,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", type=float, default=12, help="seconds without long prompts")
     parser.add_argument("--busy", type=float, default=25, help="seconds with them, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--name", default="interference", help="of the file of results")
     return parser
 
 

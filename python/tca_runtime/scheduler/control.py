@@ -65,7 +65,7 @@ class ControlHandler:
             if chunk.request.sequence is not None and chunk.begin == chunk.request.cached_tokens:
                 self.cached_tokens += chunk.begin
         self.generated_tokens += tokens
-        computed = between + sum(chunk.size for chunk in plan.chunks)
+        computed = between + sum(chunk.weight for chunk in plan.chunks)
         self._scheduler.planner.pace.record(len(plan.decode), computed, seconds)
         self.num_steps += 1
         self.step_seconds += seconds

@@ -1,4 +1,4 @@
-"""A chunk that cannot be cut, computed while other requests decode."""
+"""A chunk that should not be cut, computed while other requests decode."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from tca_runtime.scheduler.planner import PlannedChunk
 class LongChunk:
     """A prefill chunk of which a few layers run between two decode steps.
 
-    The queries of a chunk that selects belong together, because the last of them choose for all.
-    Its layers do not: K and V that a layer writes are read by the next chunk only.
+    The queries of a chunk that selects belong together, because the last of them choose for all;
+    far into a prompt, small chunks would read what is before them too often. A chunk's layers do
+    not belong together: K and V that a layer writes are read by the next chunk only.
 
     ``credit`` are prompt tokens that earlier budgets left, less than a layer is worth.
     """
@@ -30,9 +31,9 @@ class LongChunk:
         -------
         The prompt tokens whose computation would have taken as long.
         """
-        size, before = self.chunk.size, self.step.layers_left
-        self.step.advance(max(1, (self.credit + budget) * self.num_layers // size))
-        worth = -(-size * (before - self.step.layers_left) // self.num_layers)
+        weight, before = self.chunk.weight, self.step.layers_left
+        self.step.advance(max(1, (self.credit + budget) * self.num_layers // weight))
+        worth = -(-weight * (before - self.step.layers_left) // self.num_layers)
         self.credit = max(0, self.credit + budget - worth)
         return worth
 

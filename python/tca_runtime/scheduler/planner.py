@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 DECODE_RESERVE = 32
 # Room in a new view beyond the prompt; longer outputs grow it.
 VIEW_HEADROOM = 256
+# Tokens that a chunk sees and that take as long to read, once per chunk, as one takes to compute.
+PAST_PER_TOKEN = 16
 # A prompt that would share this many more tokens with one being prefilled waits for it.
 WORTH_WAITING = 64
 
@@ -45,13 +47,18 @@ class PlannedChunk:
     def size(self) -> int:
         return self.end - self.begin
 
+    @property
+    def weight(self) -> int:
+        """Prompt tokens near a prompt's begin whose computation takes about as long."""
+        return max(self.size, self.begin // PAST_PER_TOKEN)
+
 
 @dataclass(frozen=True)
 class StepPlan:
     """Requests that decode one token each, and chunks that prefill.
 
-    ``long`` is a chunk that cannot be cut and takes longer than the decoding requests should wait:
-    it is computed a few layers at a time between this step and later ones.
+    ``long`` is a chunk that cannot be cut, or not with profit, and takes longer than the decoding
+    requests should wait: it is computed a few layers at a time between this step and later ones.
     """
 
     decode: list[Request]
@@ -96,6 +103,11 @@ class StepPlanner:
     def is_idle(self) -> bool:
         return not (self.waiting or self.prefilling or self.running or self.leaving)
 
+    @property
+    def num_prompts(self) -> int:
+        """Requests that wait for their first token."""
+        return len(self.waiting) + len(self.prefilling)
+
     def active(self) -> list[Request]:
         """Every request that has not ended."""
         return [*self.waiting, *self.prefilling, *self.running]
@@ -111,6 +123,7 @@ class StepPlanner:
             return StepPlan([], [])
         chunks: list[PlannedChunk] = []
         decode: list[Request] = []
+        num_prompts = self.num_prompts
         self._plan_refresh(chunks)
         if not may_prefill:
             return StepPlan(self._plan_decode(), chunks)
@@ -119,12 +132,12 @@ class StepPlanner:
             decode = self._plan_decode()
         # Streams that sit this step out, or select anew in it, wait for it like the others.
         busy = len(self.running) + num_refreshed if self._args.mixed_batches else len(decode)
-        budget = allowed = self.prompt_budget(busy)
+        budget = allowed = self.pace.budget(busy, num_prompts)
         prompts: list[PlannedChunk] = []
         for request in [r for r in self.prefilling if r.missing]:
             budget -= self._plan_chunk(request, budget, prompts)
         self._admit(budget, prompts)
-        if busy and len(prompts) == 1 and prompts[0].size > allowed:
+        if busy and len(prompts) == 1 and prompts[0].weight > allowed:
             return StepPlan(decode, chunks, prompts[0])
         chunks += prompts
         if not chunks and not decode and self.running:
@@ -134,10 +147,6 @@ class StepPlanner:
             # Half-computed prompts block one another: the newest gives way.
             self._retract(max(self.prefilling, key=lambda r: r.arrival))
         return StepPlan(decode, chunks)
-
-    def prompt_budget(self, num_decode: int) -> int:
-        """Prompt tokens that a step may compute in which ``num_decode`` requests decode."""
-        return self.pace.budget(num_decode, len(self.waiting) + len(self.prefilling))
 
     def prefilled(self, request: Request) -> None:
         """The request's prompt is computed; it decodes from now on."""
@@ -195,20 +204,25 @@ class StepPlanner:
             self.prefilling.append(request)
 
     def _plan_chunk(self, request: Request, budget: int, chunks: list[PlannedChunk]) -> int:
-        """Plan the next tokens of an admitted request; returns how many."""
+        """Plan the next tokens of an admitted request; returns what they weigh."""
         assert request.sequence is not None
         begin = request.sequence.computed
         stretch = stretch_at(request, begin, self._chunk)
         whole, available = stretch.end - begin, self._cache.available_tokens
-        # What cannot be cut may exceed the budget if it comes first in a step.
-        may_exceed = stretch.last_cut == begin and not chunks
-        room = available if may_exceed else min(budget, available)
+        # Far into a prompt, small chunks would read everything before them again and again.
+        least = min(begin // PAST_PER_TOKEN, self._chunk)
+        if not chunks:
+            # What comes first in a step may exceed the budget.
+            budget = available if stretch.last_cut == begin else max(budget, least)
+        elif least > budget:
+            return 0
+        room = min(budget, available)
         count = whole if whole <= room else min(room, stretch.last_cut - begin)
         if count <= 0:
             return 0
         slots = self._cache.extend(request.sequence, count)
         chunks.append(PlannedChunk(request, begin, begin + count, slots, stretch.sees_past))
-        return count
+        return chunks[-1].weight
 
     def _admit(self, budget: int, chunks: list[PlannedChunk]) -> None:
         taken = len(self.running) + len(self.prefilling) + len(self.leaving)

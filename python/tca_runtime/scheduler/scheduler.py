@@ -186,7 +186,9 @@ class Scheduler:
                 plan, step = StepPlan([], [self._long.chunk]), self._long.step.finish()
                 self._long = None
                 return self._launched(plan, step, started)
-            between = self._long.advance(self.planner.prompt_budget(len(self.planner.running)))
+            planner = self.planner
+            budget = planner.pace.budget(len(planner.running), planner.num_prompts)
+            between = self._long.advance(budget)
         plan = self.planner.plan(
             may_retract=self._in_flight is None and self._long is None,
             may_prefill=self._long is None,

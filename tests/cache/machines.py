@@ -175,6 +175,7 @@ class CacheMachine(RuleBasedStateMachine):
         if not sequence.computed:
             return
         lists = HeadSlots.concat(self.manager.parts(sequence))
+        assert lists.is_full or self.prunes
         chance = torch.rand(lists.num_slots, generator=torch.Generator().manual_seed(seed))
         keep = (chance < 0.6) | (lists.positions == lists.end - 1)
         kept = lists.partition(keep)[0]

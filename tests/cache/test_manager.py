@@ -26,6 +26,7 @@ from tests.cache.machines import (
     CacheMachine,
     Running,
     assert_readable,
+    keep_half,
     make_manager,
     write,
 )
@@ -169,3 +170,23 @@ def test_without_sharing_nothing_is_kept() -> None:
     assert run_prompt(manager, [1, 2, 3]) == 0
     assert run_prompt(manager, [1, 2, 3]) == 0
     assert manager.usage().free_slots == 20 * ROWS
+
+
+@pytest.mark.parametrize("host_tokens", [0, 40])
+def test_tokens_computed_anew_are_seen_though_the_tree_has_lost_them(host_tokens: int) -> None:
+    """The end of a prompt is always computed, also where a prefix of it is cached but shrunk."""
+    manager = make_manager(host_tokens=host_tokens, choose_core=keep_half)
+    run_prompt(manager, [1, 2, 3, 4, 5, 6])
+    manager.reclaimer.shrink_all()
+    tokens = np.array([1, 2, 3, 4, 5, 6, 7], dtype=np.int32)
+    sequence = manager.begin(manager.match(Namespace(), tokens[:2]), 9)
+    assert sequence is not None
+    own = manager.extend(sequence, 5)
+    manager.commit(Namespace(), sequence, tokens)
+    lists = HeadSlots.concat(manager.parts(sequence))
+    for row, (positions, slots) in enumerate(lists.split_rows()):
+        assert positions.tolist()[-5:] == [2, 3, 4, 5, 6]
+        assert slots.tolist()[-5:] == own[row].tolist()
+    manager.prune(sequence, lists, torch.rand(lists.num_slots) < 0.5)
+    manager.release(Namespace(), sequence, tokens)
+    manager.check()

@@ -207,7 +207,13 @@ class CacheManager:
 
     def parts(self, sequence: Sequence) -> list[HeadSlots]:
         """Everything that exists of a sequence's computed tokens, in order."""
-        parts = [node.slots for node in self.tree.path(sequence.handle)]
+        parts = []
+        for node in self.tree.path(sequence.handle):
+            part = node.slots
+            if not part.is_full:
+                # The tree lost some of it; this request may have computed it anew.
+                part = sequence.copy_of(part.begin, part.end) or part
+            parts.append(part)
         if sequence.blocks:
             owned = HeadSlots.full(sequence.handle.num_tokens, torch.cat(sequence.blocks, dim=1))
             parts.append(owned.split(sequence.computed)[0])

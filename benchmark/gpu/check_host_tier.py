@@ -133,6 +133,7 @@ def _parse() -> argparse.Namespace:
     add("--tca-policy", default="tca")
     add("--chunked-prefill-size", type=int, default=8192)
     add("--seed", type=int, default=0)
+    add("--questions", type=int, default=1, choices=(1,), help="after the first")
     add("--max-seconds", type=float, default=60.0, help="start no further document after this")
     return parser.parse_args()
 

@@ -10,6 +10,7 @@ import pytest
 from tca_runtime.config import SchedulerArgs
 from tca_runtime.messages import AbortRequest
 from tca_runtime.scheduler.pace import MIN_CHUNK, PrefillPace
+from tca_runtime.scheduler.planner import PAST_PER_TOKEN
 from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.policies import create_policy
 from tca_runtime.sparsity.settings import SparsitySettings
@@ -115,6 +116,23 @@ def test_streams_go_on_between_the_layers_of_a_long_chunk(selecting: Harness) ->
     assert decoding == [1] * (1 + LAYERS)
     selecting.run()
     assert selecting.tokens("r") == expected_output([20] * 32, 2)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_far_into_a_prompt_chunks_are_not_cut_small(known_pace: None, overlap: bool) -> None:
+    busy = streaming(None, is_asynchronous=overlap)
+    busy.submit("r", [20] * 400, 2)
+    busy.run()
+    cut = spans(busy, 20)
+    near = [end - begin for begin, end, _ in cut if begin < PAST_PER_TOKEN * BUDGET]
+    far = [(begin, end - begin) for begin, end, _ in cut[:-1] if begin > PAST_PER_TOKEN * BUDGET]
+    assert set(near) == {BUDGET}
+    # The stream ends before the prompt does.
+    assert far and all(size in (begin // PAST_PER_TOKEN, CHUNK) for begin, size in far)
+    # Those run between steps, layer by layer.
+    assert busy.engine.begun >= len([size for _, size in far if size > BUDGET])
+    assert busy.tokens("r") == expected_output([20] * 400, 2)
+    busy.engine.cache.check()
 
 
 @pytest.mark.parametrize("overlap", [False, True])

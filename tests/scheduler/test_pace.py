@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
 
 from tca_runtime.config import SchedulerArgs
+from tca_runtime.engine.step import BegunStep
 from tca_runtime.messages import AbortRequest
+from tca_runtime.scheduler.long_chunk import LongChunk
 from tca_runtime.scheduler.pace import MIN_CHUNK, PrefillPace
-from tca_runtime.scheduler.planner import PAST_PER_TOKEN
+from tca_runtime.scheduler.planner import PAST_PER_TOKEN, PlannedChunk
 from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.policies import create_policy
 from tca_runtime.sparsity.settings import SparsitySettings
 from tests.scheduler.fakes import EOS, HEADS, LAYERS, Harness, expected_output
 
 BUDGET, CHUNK = 8, 64
+PAST = PAST_PER_TOKEN["cpu"]
 TABLE = BudgetTable.uniform(0.5, LAYERS, HEADS, block=4)
 # No prompt here is long enough for its default window.
 SHORT = SparsitySettings(create_policy("tca"), TABLE, TABLE)
@@ -124,11 +129,11 @@ def test_far_into_a_prompt_chunks_are_not_cut_small(known_pace: None, overlap: b
     busy.submit("r", [20] * 400, 2)
     busy.run()
     cut = spans(busy, 20)
-    near = [end - begin for begin, end, _ in cut if begin < PAST_PER_TOKEN * BUDGET]
-    far = [(begin, end - begin) for begin, end, _ in cut[:-1] if begin > PAST_PER_TOKEN * BUDGET]
+    near = [end - begin for begin, end, _ in cut if begin < PAST * BUDGET]
+    far = [(begin, end - begin) for begin, end, _ in cut[:-1] if begin > PAST * BUDGET]
     assert set(near) == {BUDGET}
     # The stream ends before the prompt does.
-    assert far and all(size in (begin // PAST_PER_TOKEN, CHUNK) for begin, size in far)
+    assert far and all(size in (begin // PAST, CHUNK) for begin, size in far)
     # Those run between steps, layer by layer.
     assert busy.engine.begun >= len([size for _, size in far if BUDGET < size < CHUNK])
     assert busy.tokens("r") == expected_output([20] * 400, 2)
@@ -150,6 +155,10 @@ def test_who_ends_during_a_long_chunk_leaves_it_unfinished(known_pace: None, ove
     assert [c for c in spans(busy, 20) if not c[2]] == []
     busy.run()
     busy.engine.cache.check()
+    # What only some layers have computed must not be found in the cache.
+    busy.submit("again", [20] * 32, 2)
+    busy.run()
+    assert busy.tokens("again") == expected_output([20] * 32, 2)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -283,3 +292,35 @@ def test_pacing_can_be_turned_off() -> None:
     pace = PrefillPace(SchedulerArgs(chunked_prefill_size=1000, max_decode_slowdown=0.0))
     pace.record(4, 1000, 9.0)
     assert pace.budget(4) == 1000
+
+
+class Layers:
+    """Stands for a step of which some layers were launched."""
+
+    def __init__(self, count: int) -> None:
+        self.layers_left = count
+
+    def advance(self, num_layers: int) -> None:
+        self.layers_left -= min(num_layers, self.layers_left)
+
+
+def test_as_many_layers_run_between_steps_as_there_is_time_for() -> None:
+    long = LongChunk(cast("PlannedChunk", None), cast("BegunStep", Layers(30)))
+    assert long.advance(1.0) == 1
+    long.note(1, 0.2)
+    assert long.advance(1.0) == 5
+    long.note(5, 3.0)
+    assert long.advance(1.0) == 2
+    assert long.advance(0.0) == 1
+    assert long.advance(math.inf) == 21 and long.is_done
+
+
+def test_time_beside_a_step_follows_from_what_it_takes() -> None:
+    pace = PrefillPace(SchedulerArgs(max_decode_slowdown=3.0))
+    assert pace.spare(4) == 0.0
+    pace.record(4, 0, 0.010)
+    assert pace.spare(4) == pytest.approx(0.020)
+    assert pace.spare(4, 4) == pytest.approx(0.040)
+    assert pace.beyond_decode(0.025) == pytest.approx(0.015)
+    assert pace.spare(0) == math.inf
+    assert PrefillPace(SchedulerArgs(max_decode_slowdown=0.0)).spare(4) == math.inf

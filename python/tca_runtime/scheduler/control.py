@@ -53,8 +53,8 @@ class ControlHandler:
             return ControlReply(call_id=message.call_id, ok=False, message=str(error))
         return ControlReply(call_id=message.call_id, ok=True, message=text, payload=payload)
 
-    def record_step(self, plan: StepPlan, seconds: float, between: int = 0) -> None:
-        """Count what a step did; ``between`` as in ``LaunchedPlan``."""
+    def record_step(self, plan: StepPlan, seconds: float) -> None:
+        """Count what a step did."""
         now = time.monotonic()
         ends = (c.end == c.request.num_tokens and c.request.max_new_tokens > 0 for c in plan.chunks)
         tokens = len(plan.decode) + sum(ends)
@@ -65,8 +65,6 @@ class ControlHandler:
             if chunk.request.sequence is not None and chunk.begin == chunk.request.cached_tokens:
                 self.cached_tokens += chunk.begin
         self.generated_tokens += tokens
-        computed = between + sum(chunk.weight for chunk in plan.chunks)
-        self._scheduler.planner.pace.record(len(plan.decode), computed, seconds)
         self.num_steps += 1
         self.step_seconds += seconds
         if self._profile_steps is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tca_runtime.engine.step import BegunStep
@@ -16,26 +17,34 @@ class LongChunk:
     far into a prompt, small chunks would read what is before them too often. A chunk's layers do
     not belong together: K and V that a layer writes are read by the next chunk only.
 
-    ``credit`` are prompt tokens that earlier budgets left, less than a layer is worth.
+    How long a layer takes is learnt from those launched before: its chunk's size, how much it sees
+    and its selection all count. So the first one runs alone.
     """
 
     chunk: PlannedChunk
     step: BegunStep
-    num_layers: int
-    credit: int = 0
+    _layer_seconds: float | None = None
 
-    def advance(self, budget: int) -> int:
-        """Launch as many layers as take as long as ``budget`` prompt tokens do, at least one.
+    def advance(self, spare: float) -> int:
+        """Launch as many layers as ``spare`` seconds are enough for, at least one.
 
         Returns
         -------
-        The prompt tokens whose computation would have taken as long.
+        How many layers.
         """
-        weight, before = self.chunk.weight, self.step.layers_left
-        self.step.advance(max(1, (self.credit + budget) * self.num_layers // weight))
-        worth = -(-weight * (before - self.step.layers_left) // self.num_layers)
-        self.credit = max(0, self.credit + budget - worth)
-        return worth
+        before = self.step.layers_left
+        if spare == math.inf:
+            count = before
+        else:
+            count = 1 if self._layer_seconds is None else int(spare / self._layer_seconds)
+        self.step.advance(max(1, count))
+        return before - self.step.layers_left
+
+    def note(self, num_layers: int, seconds: float) -> None:
+        """Take what so many layers took."""
+        measured = max(seconds / num_layers, 1e-6)
+        old = self._layer_seconds
+        self._layer_seconds = measured if old is None else (old + measured) / 2
 
     @property
     def is_done(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tca_runtime.config import SchedulerArgs
 
 # Smaller chunks cost more than they hide: weights are read once per step.
@@ -88,8 +90,17 @@ class PrefillPace:
         """
         if not self._slowdown or not num_decode:
             return self._largest
-        raised = min(max(1.0, _PROMPT_WEIGHT * num_prompts / num_decode), _MOST_RAISED)
-        return min(int(self._budget * raised), self._largest)
+        return min(int(self._budget * _raised(num_decode, num_prompts)), self._largest)
+
+    def spare(self, num_decode: int, num_prompts: int = 0) -> float:
+        """Seconds of other work for a step in which ``num_decode`` requests decode."""
+        if not self._slowdown or not num_decode:
+            return math.inf
+        return self._spare * _raised(num_decode, num_prompts)
+
+    def beyond_decode(self, seconds: float) -> float:
+        """How much longer a step took than one that only decodes."""
+        return max(0.0, seconds - (self._decode_seconds or 0.0))
 
     def record(self, num_decode: int, num_prompt_tokens: int, seconds: float) -> None:
         """Learn from a step."""
@@ -101,11 +112,13 @@ class PrefillPace:
         elif self._decode_seconds is not None:
             self._steer(num_prompt_tokens, seconds - self._decode_seconds)
 
+    @property
+    def _spare(self) -> float:
+        return (self._slowdown - 1) * (self._decode_seconds or 0.0)
+
     def _steer(self, num_prompt_tokens: int, seconds: float) -> None:
         """Take a mixed step that was ``seconds`` longer than a decode step."""
-        assert self._decode_seconds is not None
-        spare = (self._slowdown - 1) * self._decode_seconds
-        fits = num_prompt_tokens * spare / seconds if seconds > 0 else float("inf")
+        fits = num_prompt_tokens * self._spare / seconds if seconds > 0 else float("inf")
         if self._times is not None:
             self._times.add(num_prompt_tokens, seconds)
             fits = max(fits, float(self._times.worthwhile))
@@ -114,3 +127,7 @@ class PrefillPace:
             return
         wanted = min(max(fits, self._budget * _SHRINKAGE), self._budget * _GROWTH)
         self._budget = min(max(wanted, float(MIN_CHUNK)), float(self._largest))
+
+
+def _raised(num_decode: int, num_prompts: int) -> float:
+    return min(max(1.0, _PROMPT_WEIGHT * num_prompts / num_decode), _MOST_RAISED)

@@ -24,7 +24,7 @@ DECODE_RESERVE = 32
 # Room in a new view beyond the prompt; longer outputs grow it.
 VIEW_HEADROOM = 256
 # Tokens that a chunk sees and that take as long to read, once per chunk, as one takes to compute.
-PAST_PER_TOKEN = 16
+PAST_PER_TOKEN = {"cpu": 16, "cuda": 256}
 # A prompt that would share this many more tokens with one being prefilled waits for it.
 WORTH_WAITING = 64
 
@@ -33,7 +33,8 @@ WORTH_WAITING = 64
 class PlannedChunk:
     """Prompt tokens ``[begin, end)`` of a request, with slots taken; see ``Stretch.sees_past``.
 
-    ``is_refresh``: they were computed before, their queries select a new decode view.
+    ``is_refresh``: they were computed before, their queries select a new decode view. ``weight`` is
+    how many prompt tokens near a prompt's begin take about as long.
     """
 
     request: Request
@@ -41,16 +42,12 @@ class PlannedChunk:
     end: int
     slots: Tensor
     sees_past: bool
+    weight: int
     is_refresh: bool = False
 
     @property
     def size(self) -> int:
         return self.end - self.begin
-
-    @property
-    def weight(self) -> int:
-        """Prompt tokens near a prompt's begin whose computation takes about as long."""
-        return max(self.size, self.begin // PAST_PER_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,7 @@ class StepPlanner:
         self._cache = cache
         device = cache.pool.kv.device.type
         self._chunk = args.chunk_on(device)
+        self._past_per_token = PAST_PER_TOKEN[device]
         self.pace = PrefillPace(args, device)
         self.waiting = WaitingQueue(args.schedule_policy)
         self.prefilling: list[Request] = []
@@ -105,8 +103,10 @@ class StepPlanner:
 
     @property
     def num_prompts(self) -> int:
-        """Requests that wait for their first token."""
-        return len(self.waiting) + len(self.prefilling)
+        """Requests whose prompt is being computed or could be."""
+        places = self._args.max_running_requests - len(self.running) - len(self.prefilling)
+        ready = sum(request.grammar is None for request in self.waiting)
+        return len(self.prefilling) + min(ready, places)
 
     def active(self) -> list[Request]:
         """Every request that has not ended."""
@@ -135,9 +135,10 @@ class StepPlanner:
         budget = allowed = self.pace.budget(busy, num_prompts)
         prompts: list[PlannedChunk] = []
         for request in [r for r in self.prefilling if r.missing]:
-            budget -= self._plan_chunk(request, budget, prompts)
-        self._admit(budget, prompts)
-        if busy and len(prompts) == 1 and prompts[0].weight > allowed:
+            budget -= self._plan_chunk(request, budget, prompts, bool(busy))
+        self._admit(budget, prompts, bool(busy))
+        paced = busy and self._args.max_decode_slowdown
+        if paced and len(prompts) == 1 and prompts[0].weight > allowed:
             return StepPlan(decode, chunks, prompts[0])
         chunks += prompts
         if not chunks and not decode and self.running:
@@ -199,18 +200,23 @@ class StepPlanner:
             slots = self._cache.recompute_tail(request.sequence, count)
             end = request.num_tokens
             sees_past = stretch_at(request, end - count, self._chunk).sees_past
-            chunks.append(PlannedChunk(request, end - count, end, slots, sees_past, True))
+            chunks.append(PlannedChunk(request, end - count, end, slots, sees_past, count, True))
             self.running.remove(request)
             self.prefilling.append(request)
 
-    def _plan_chunk(self, request: Request, budget: int, chunks: list[PlannedChunk]) -> int:
-        """Plan the next tokens of an admitted request; returns what they weigh."""
+    def _plan_chunk(
+        self, request: Request, budget: int, chunks: list[PlannedChunk], busy: bool
+    ) -> int:
+        """Plan the next tokens of an admitted request; returns what they weigh.
+
+        ``busy``: others decode.
+        """
         assert request.sequence is not None
         begin = request.sequence.computed
         stretch = stretch_at(request, begin, self._chunk)
         whole, available = stretch.end - begin, self._cache.available_tokens
         # Far into a prompt, small chunks would read everything before them again and again.
-        least = min(begin // PAST_PER_TOKEN, self._chunk)
+        least = min(begin // self._past_per_token, self._chunk) if busy else 0
         if not chunks:
             # What comes first in a step may exceed the budget.
             budget = available if stretch.last_cut == begin else max(budget, least)
@@ -221,18 +227,19 @@ class StepPlanner:
         if count <= 0:
             return 0
         slots = self._cache.extend(request.sequence, count)
-        chunks.append(PlannedChunk(request, begin, begin + count, slots, stretch.sees_past))
-        return chunks[-1].weight
+        weight = max(count, least)
+        chunks.append(PlannedChunk(request, begin, begin + count, slots, stretch.sees_past, weight))
+        return weight
 
-    def _admit(self, budget: int, chunks: list[PlannedChunk]) -> None:
+    def _admit(self, budget: int, chunks: list[PlannedChunk], busy: bool) -> None:
         taken = len(self.running) + len(self.prefilling) + len(self.leaving)
         room = self._args.max_running_requests - taken
         if not len(self.waiting) or room <= 0 or budget <= 0:
             return
         state = self._admission_state()
         available = self._cache.available_tokens
-        busy = self.running or self.prefilling
-        if busy and state == self._refused and available <= self._refused_room:
+        others = self.running or self.prefilling
+        if others and state == self._refused and available <= self._refused_room:
             return
         admitted: set[Request] = set()
         ranked = self.waiting.ranked(self._cache)
@@ -245,7 +252,11 @@ class StepPlanner:
                 break
             admitted.add(request)
             self.prefilling.append(request)
-            budget -= self._plan_chunk(request, budget, chunks)
+            planned = self._plan_chunk(request, budget, chunks, busy)
+            if request.missing and not planned:
+                # What it holds cannot be evicted: no others before it is computed.
+                break
+            budget -= planned
         self._refused, self._refused_room = (() if admitted else state), available
         if admitted:
             newest = max(r.arrival for r in admitted)

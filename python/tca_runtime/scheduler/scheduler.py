@@ -56,12 +56,13 @@ GRAMMAR_POLL_MS = 5
 class LaunchedPlan:
     """A step on its way through the device.
 
-    ``between`` are the prompt tokens that a long chunk's layers, launched before it, are worth.
+    ``between`` is how many layers of the chunk ``long`` were launched just before it.
     """
 
     plan: StepPlan
     step: PendingStep
     started: float
+    long: LongChunk | None = None
     between: int = 0
 
 
@@ -187,8 +188,8 @@ class Scheduler:
                 self._long = None
                 return self._launched(plan, step, started)
             planner = self.planner
-            budget = planner.pace.budget(len(planner.running), planner.num_prompts)
-            between = self._long.advance(budget)
+            spare = planner.pace.spare(len(planner.running), planner.num_prompts)
+            between = self._long.advance(spare)
         plan = self.planner.plan(
             may_retract=self._in_flight is None and self._long is None,
             may_prefill=self._long is None,
@@ -199,7 +200,7 @@ class Scheduler:
             launched = self._launched(plan, step, started, between)
         if plan.long is not None:
             begun = self.engine.begin(step_input(StepPlan([], [plan.long])))
-            self._long = LongChunk(plan.long, begun, self.engine.shape.num_layers)
+            self._long = LongChunk(plan.long, begun)
         return launched
 
     def _drop_long(self) -> None:
@@ -212,6 +213,10 @@ class Scheduler:
         if self._overlap and self._in_flight is None:
             return
         self._settle()
+        sequence = self._long.chunk.request.sequence
+        if sequence is not None:
+            # Not all layers have its K and V: none of it may stay cached.
+            sequence.computed = self._long.chunk.begin
         self._long = None
 
     def _launched(
@@ -229,7 +234,7 @@ class Scheduler:
                 self._show(request, view)
                 self.planner.prefilled(request)
                 request.num_pending += request.max_new_tokens > 0
-        return LaunchedPlan(plan, step, started, between)
+        return LaunchedPlan(plan, step, started, self._long, between)
 
     def _settle(self) -> None:
         """Consume the step in flight, if there is one."""
@@ -315,7 +320,12 @@ class Scheduler:
         self._consumed_at = now
         going = [r for r in launched.plan.decode if r.finish is None]
         done = StepPlan(going, launched.plan.chunks)
-        self._control.record_step(done, seconds, launched.between)
+        self._control.record_step(done, seconds)
+        pace = self.planner.pace
+        if launched.long is None or not launched.between:
+            pace.record(len(done.decode), sum(c.weight for c in done.chunks), seconds)
+        elif done.decode and not done.chunks:
+            launched.long.note(launched.between, pace.beyond_decode(seconds))
 
     def _end_finished(self) -> None:
         """The one place where requests end: terminal reply, then release.

@@ -26,7 +26,7 @@ class LongChunk:
     _layer_seconds: float | None = None
 
     def advance(self, spare: float) -> int:
-        """Launch as many layers as ``spare`` seconds are enough for, at least one.
+        """Launch about as many layers as ``spare`` seconds are enough for, at least one.
 
         Returns
         -------
@@ -36,7 +36,7 @@ class LongChunk:
         if spare == math.inf:
             count = before
         else:
-            count = 1 if self._layer_seconds is None else int(spare / self._layer_seconds)
+            count = 1 if self._layer_seconds is None else round(spare / self._layer_seconds)
         self.step.advance(max(1, count))
         return before - self.step.layers_left
 

@@ -76,7 +76,10 @@ class Prefilled:
 def prefill(
     engine: Engine, tokens: Tokens, wanted: SparsitySettings | None, chunk: int = 8192
 ) -> Prefilled:
-    """What the scheduler does with a prompt, from its match in the tree to its first token."""
+    """What the scheduler does with a prompt, from its match in the tree to its first token.
+
+    A chunk is launched while the device computes the one before.
+    """
     cache = engine.cache
     torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -84,7 +87,7 @@ def prefill(
     sequence = cache.begin(match, len(tokens) - match.num_tokens + 256)
     assert sequence is not None
     request = RequestSparsity(wanted) if wanted is not None else None
-    view = None
+    view, in_flight = None, None
     while sequence.computed < len(tokens):
         first = sequence.computed
         last = min(first + chunk, len(tokens))
@@ -99,8 +102,12 @@ def prefill(
             ends_prompt=ends,
         )
         step = engine.launch(StepInput([], [part]))
-        step.result()
         view = step.decode_views[0]
+        if in_flight is not None:
+            in_flight.result()
+        in_flight = step
+    if in_flight is not None:
+        in_flight.result()
     cache.commit(NAMESPACE, sequence, tokens)
     if view is not None:
         cache.show(sequence, view.lengths, view.slots)

@@ -1,6 +1,6 @@
 """Curves over the context length, from the results of ``bench_engine.py``.
 
-python benchmark/gpu/plot_scaling.py benchmark/results/gpu_engine_*_h200.json
+python benchmark/gpu/plot_scaling.py benchmark/results/gpu_engine*_h200.json
 """
 
 from __future__ import annotations

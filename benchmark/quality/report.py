@@ -169,7 +169,7 @@ def _is_dense(c: Configuration) -> bool:
     return c.policy != FULL and c.prefill == 1.0
 
 
-RULER_DATA = frozenset(f"ruler-{n}" for n in (4096, 8000, 8192, 16384, 32000))
+RULER_DATA = frozenset(f"ruler-{n}" for n in (4096, 8192, 16384, 32000))
 TUNE_DATA = frozenset(f"tune-{n}" for n in (4096, 8192, 16384))
 
 SECTIONS = {

@@ -40,7 +40,8 @@ class Mode:
     host_gib : host tier
     core : what ranks slots that are dropped: ``budgeted`` or ``shared`` (``sparsity/core.py``)
     shrink : drop all but the core of every context before the first question
-    rebuild : have the model repeat each context first, so that dropping knows what that needs
+    rebuild : tokens of the context that the model repeats per pass before anything is dropped, so
+        that dropping knows what that needs; 0 for none
     """
 
     order: str
@@ -49,7 +50,7 @@ class Mode:
     host_gib: float = 0.0
     core: str = "budgeted"
     shrink: bool = False
-    rebuild: bool = False
+    rebuild: int = 0
 
     @property
     def at_once(self) -> int:
@@ -65,8 +66,9 @@ MODES = {
     "pruned": Mode("turns", "immediate"),
     "core": Mode("turns", "on-pressure", shrink=True),
     "core-shared": Mode("turns", "on-pressure", core="shared", shrink=True),
-    "rebuilt": Mode("turns", "on-pressure", shrink=True, rebuild=True),
-    "rebuilt-shared": Mode("turns", "on-pressure", core="shared", shrink=True, rebuild=True),
+    "rebuilt": Mode("turns", "on-pressure", shrink=True, rebuild=256),
+    "rebuilt-shared": Mode("turns", "on-pressure", core="shared", shrink=True, rebuild=256),
+    "rebuilt-finely": Mode("turns", "on-pressure", core="shared", shrink=True, rebuild=64),
 }
 
 
@@ -190,7 +192,7 @@ def _serve(
         lab.generate([Ask(p.session.id, p.context, 0) for p in group])
         if mode.rebuild and lab.engine.sparsity is not None:
             for p in group:
-                rebuild(lab.engine, p.context, p.repeat)
+                rebuild(lab.engine, p.context, p.repeat, mode.rebuild)
         if mode.shrink and lab.engine.sparsity is not None:
             lab.engine.cache.reclaimer.shrink_all()
     usage = lab.engine.cache.usage()

@@ -19,7 +19,7 @@ from benchmark.quality.conversations import MODES, run_conversations
 from benchmark.quality.lab import Lab
 from benchmark.quality.likelihood import Passage, run_likelihood
 from benchmark.quality.records import Record, Records
-from benchmark.quality.samples import Sample, Session
+from benchmark.quality.samples import Item, Sample, Session
 from tca_runtime.config import ModelArgs
 from tca_runtime.models.loader import LoadedModel
 from tca_runtime.tokenizer.loading import load_tokenizer
@@ -46,6 +46,33 @@ class Stage:
     @property
     def is_likelihood(self) -> bool:
         return self.data.startswith("books")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The share of a plan's samples that one of several processes measures."""
+
+    index: int
+    of: int
+
+    @staticmethod
+    def parse(text: str) -> Part:
+        """Read ``I/N``.
+
+        Raises
+        ------
+        ValueError
+            Unless ``0 <= I < N``.
+        """
+        index, _, of = text.partition("/")
+        part = Part(int(index), int(of))
+        if not 0 <= part.index < part.of:
+            raise ValueError(f"{text} is no part I/N with 0 <= I < N")
+        return part
+
+    def take(self, items: list[Item]) -> list[Item]:
+        """What of the items is this part's."""
+        return items[self.index :: self.of]
 
 
 def read_plan(path: Path) -> list[Stage]:
@@ -88,6 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--tokens", type=int, help="KV pool of single prompts, in tokens")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
+    parser.add_argument(
+        "--part", type=Part.parse, default=Part(0, 1), help="I/N: every N-th sample from I on"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -142,7 +172,7 @@ class PlanRunner:
 
     def run(self, stage: Stage) -> None:
         """Run one stage."""
-        path = self._args.data / f"{stage.data}.jsonl.xz"
+        path, part = self._args.data / f"{stage.data}.jsonl.xz", self._args.part
         labels = {"model": Path(self._args.model).name, "data": stage.data}
         if stage.modes:
             self._lab = None
@@ -150,7 +180,7 @@ class PlanRunner:
             run_conversations(
                 self._loaded,
                 self._tokenizer,
-                samples.read(path, Session)[: stage.limit],
+                part.take(samples.read(path, Session)[: stage.limit]),
                 stage.modes,
                 stage.configurations,
                 self._records,
@@ -166,7 +196,7 @@ class PlanRunner:
             run_likelihood(
                 self._lab,
                 self._tokenizer,
-                samples.read(path, Passage)[: stage.limit],
+                part.take(samples.read(path, Passage)[: stage.limit]),
                 stage.configurations,
                 self._records,
                 labels,
@@ -176,7 +206,7 @@ class PlanRunner:
         run_answers(
             self._lab,
             self._tokenizer,
-            samples.read(path, Sample)[: stage.limit],
+            part.take(samples.read(path, Sample)[: stage.limit]),
             stage.configurations,
             self._records,
             labels,

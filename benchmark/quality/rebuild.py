@@ -17,14 +17,12 @@ from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.step import ChunkInput, StepInput
 from tca_runtime.sparsity.chooser import RequestSparsity
 
-# Tokens repeated per pass. Importance is a mean over them, and the best of all passes stays.
-PIECE = 256
 
-
-def rebuild(engine: Engine, context: Sequence[int], ask: Sequence[int], piece: int = PIECE) -> None:
+def rebuild(engine: Engine, context: Sequence[int], ask: Sequence[int], piece: int) -> None:
     """Let the cached ``context`` be read by its own repetition, after the tokens ``ask``.
 
-    Nothing of it stays in the cache but the slots' importance.
+    ``piece`` tokens are repeated per pass. Importance is a mean over them, and the best of all
+    passes stays. Nothing else of it stays in the cache.
     """
     settings = engine.sparsity
     assert settings is not None

@@ -24,6 +24,29 @@ _UNALIGNED = ["start_ptr", "table_ptr"]
 
 
 @gluon.jit
+def _items(num_items, num_heads):
+    """This program's head, its items ``2 i`` and ``2 i + 1``, and the pair of each with the head.
+
+    An odd last item is computed twice.
+    """
+    pairs = (num_items + 1) // 2
+    first_item = gl.program_id(0) % pairs * 2
+    second_item = gl.minimum(first_item + 1, num_items - 1)
+    head = gl.program_id(0) // pairs
+    first_pair = first_item * num_heads + head
+    second_pair = second_item * num_heads + head
+    return head, first_item, second_item, first_pair, second_pair
+
+
+@gluon.jit
+def _part(arena_ptr, start_ptr, start_stride_h, head, begin, length, chunk, BLOCK: gl.constexpr):
+    """This program's part of a list: its tiles, where it starts and the slots left from there."""
+    tiles = (gl.minimum(begin + chunk, length) - begin + BLOCK - 1) // BLOCK
+    list_ptr = arena_ptr + gl.load(start_ptr + head * start_stride_h) + begin
+    return tiles, list_ptr, length - begin
+
+
+@gluon.jit
 def _load_queries(
     queries,
     q_ptr,
@@ -59,6 +82,49 @@ def _copy_keys(keys, kv_ptr, slot, D: gl.constexpr, LAYOUT: gl.constexpr):
     pointer = kv_ptr + slot.to(gl.int64)[:, None] * (2 * D) + dim[None, :]
     _load_async(keys, pointer)
     async_copy.commit_group()
+
+
+@gluon.jit
+def _fill_shared(
+    q_ptr,
+    q_stride_n,
+    q_stride_p,
+    q_stride_h,
+    first_item,
+    second_item,
+    head,
+    kv_ptr,
+    list_ptr,
+    left,
+    PROBES: gl.constexpr,
+    GROUP: gl.constexpr,
+    ROWS: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK: gl.constexpr,
+    STAGES: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Both items' queries, the keys with ``STAGES - 1`` tiles on their way, and the next slots."""
+    kind: gl.constexpr = kv_ptr.dtype.element_ty
+    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], kind)
+    queries = gl.allocate_shared_memory(kind, [2, ROWS, D], shared)
+    keys = gl.allocate_shared_memory(kind, [STAGES, BLOCK, D], shared)
+    for i in gl.static_range(STAGES - 1):
+        key = keys.index(i)
+        _copy_keys(key, kv_ptr, _slots(list_ptr, i * BLOCK, left, BLOCK, LAYOUT), D, LAYOUT)
+    slot = _slots(list_ptr, (STAGES - 1) * BLOCK, left, BLOCK, LAYOUT)
+    source = (q_ptr, q_stride_n, q_stride_p, q_stride_h)
+    _load_queries(queries.index(0), *source, first_item, head, PROBES, GROUP, ROWS, D, LAYOUT)
+    _load_queries(queries.index(1), *source, second_item, head, PROBES, GROUP, ROWS, D, LAYOUT)
+    return queries, keys, slot
+
+
+@gluon.jit
+def _arrived(keys, tile, PENDING: gl.constexpr, STAGES: gl.constexpr):
+    """A tile of keys, which is there once no more than ``PENDING`` copies are under way."""
+    async_copy.wait_group(PENDING)
+    fence_async_shared()
+    return keys.index(tile % STAGES)
 
 
 @gluon.jit
@@ -108,40 +174,25 @@ def paired_lse_kernel(
     BLOCK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """First pass, as ``probe_lse_kernel``, for items ``2 i`` and ``2 i + 1`` of one head.
-
-    An odd last item is computed twice.
-    """
+    """First pass, as ``probe_lse_kernel``, for items ``2 i`` and ``2 i + 1`` of one head."""
     copy: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, mma)
-    kind: gl.constexpr = kv_ptr.dtype.element_ty
-    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], kind)
 
-    pairs = (num_items + 1) // 2
-    first_item = gl.program_id(0) % pairs * 2
-    second_item = gl.minimum(first_item + 1, num_items - 1)
-    head = gl.program_id(0) // pairs
-    first_pair = first_item * num_heads + head
-    second_pair = second_item * num_heads + head
+    head, first_item, second_item, first_pair, second_pair = _items(num_items, num_heads)
     first_length = gl.load(table_ptr + first_pair * 3).to(gl.int32)
     second_length = gl.load(table_ptr + second_pair * 3).to(gl.int32)
     length = gl.maximum(first_length, second_length)
     begin = gl.program_id(1) * chunk
     if begin >= length:
         return
-    tiles = (gl.minimum(begin + chunk, length) - begin + BLOCK - 1) // BLOCK
-    list_ptr = arena_ptr + gl.load(start_ptr + head * start_stride_h) + begin
-    left = length - begin
-
-    queries = gl.allocate_shared_memory(kind, [2, ROWS, D], shared)
-    keys = gl.allocate_shared_memory(kind, [STAGES, BLOCK, D], shared)
-    for i in gl.static_range(STAGES - 1):
-        _copy_keys(keys.index(i), kv_ptr, _slots(list_ptr, i * BLOCK, left, BLOCK, copy), D, copy)
-    slot = _slots(list_ptr, (STAGES - 1) * BLOCK, left, BLOCK, copy)
-    source = (q_ptr, q_stride_n, q_stride_p, q_stride_h)
-    _load_queries(queries.index(0), *source, first_item, head, PROBES, GROUP, ROWS, D, copy)
-    _load_queries(queries.index(1), *source, second_item, head, PROBES, GROUP, ROWS, D, copy)
+    tiles, list_ptr, left = _part(
+        arena_ptr, start_ptr, start_stride_h, head, begin, length, chunk, BLOCK
+    )
+    queries, keys, slot = _fill_shared(
+        q_ptr, q_stride_n, q_stride_p, q_stride_h, first_item, second_item, head,
+        kv_ptr, list_ptr, left, PROBES, GROUP, ROWS, D, BLOCK, STAGES, copy,
+    )  # fmt: skip
 
     probe = gl.arange(0, ROWS, layout=by_row) // GROUP
     first_open = first_length - PROBES + 1
@@ -152,9 +203,7 @@ def paired_lse_kernel(
     second_norm = gl.zeros([ROWS], gl.float32, layout=by_row)
     zero = gl.zeros([ROWS, BLOCK], gl.float32, layout=mma)
     first_queries, second_queries = queries.index(0), queries.index(1)
-    async_copy.wait_group(STAGES - 2)
-    fence_async_shared()
-    key = keys.index(0).permute((1, 0))
+    key = _arrived(keys, 0, STAGES - 2, STAGES).permute((1, 0))
     product = warpgroup_mma(first_queries, key, zero, use_acc=False, is_async=True)
     first_logits = warpgroup_mma_wait(0, deps=[product])
     for t in range(tiles):
@@ -166,9 +215,7 @@ def paired_lse_kernel(
         )
         second_logits = warpgroup_mma_wait(0, deps=[product])
         # The next tile is there, and every warp is done with the one before this.
-        async_copy.wait_group(STAGES - 3)
-        fence_async_shared()
-        key = keys.index((t + 1) % STAGES).permute((1, 0))
+        key = _arrived(keys, t + 1, STAGES - 3, STAGES).permute((1, 0))
         product = warpgroup_mma(first_queries, key, zero, use_acc=False, is_async=True)
         _copy_keys(keys.index((t + STAGES - 1) % STAGES), kv_ptr, slot, D, copy)
         slot = _slots(list_ptr, (t + STAGES) * BLOCK, left, BLOCK, copy)
@@ -181,6 +228,16 @@ def paired_lse_kernel(
     partial_ptr += (gl.program_id(1) * num_items * num_heads).to(gl.int64) * ROWS
     gl.store(partial_ptr + first_pair * ROWS + row, first_peak + gl.log2(first_norm))
     gl.store(partial_ptr + second_pair * ROWS + row, second_peak + gl.log2(second_norm))
+
+
+@gluon.jit
+def _load_lse(lse_ptr, pair, USED: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """One item's log-sum-exps, in shared memory."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    row = gl.arange(0, ROWS, layout=LAYOUT)
+    # Rows that only pad the matrix product weigh nothing.
+    lse = gl.load(lse_ptr + pair * ROWS + row, mask=row < USED, other=float("inf"))
+    return gl.allocate_shared_memory(gl.float32, [ROWS], flat, lse)
 
 
 @gluon.jit
@@ -231,16 +288,8 @@ def paired_weights_kernel(
     # Keys are the rows of this product: the sum over probes then stays inside a warp.
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, ROWS, 16])
     by_column: gl.constexpr = gl.SliceLayout(0, mma)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    kind: gl.constexpr = kv_ptr.dtype.element_ty
-    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], kind)
 
-    pairs = (num_items + 1) // 2
-    first_item = gl.program_id(0) % pairs * 2
-    second_item = gl.minimum(first_item + 1, num_items - 1)
-    head = gl.program_id(0) // pairs
-    first_pair = first_item * num_heads + head
-    second_pair = second_item * num_heads + head
+    head, first_item, second_item, first_pair, second_pair = _items(num_items, num_heads)
     first_table, second_table = table_ptr + first_pair * 3, table_ptr + second_pair * 3
     first_count = gl.load(first_table + 1).to(gl.int32)
     second_count = gl.load(second_table + 1).to(gl.int32)
@@ -248,27 +297,18 @@ def paired_weights_kernel(
     begin = gl.program_id(1) * chunk
     if begin >= count:
         return
-    tiles = (gl.minimum(begin + chunk, count) - begin + BLOCK - 1) // BLOCK
-    list_ptr = arena_ptr + gl.load(start_ptr + head * start_stride_h) + begin
-    left = count - begin
+    tiles, list_ptr, left = _part(
+        arena_ptr, start_ptr, start_stride_h, head, begin, count, chunk, BLOCK
+    )
+    queries, keys, slot = _fill_shared(
+        q_ptr, q_stride_n, q_stride_p, q_stride_h, first_item, second_item, head,
+        kv_ptr, list_ptr, left, PROBES, GROUP, ROWS, D, BLOCK, STAGES, copy,
+    )  # fmt: skip
 
-    queries = gl.allocate_shared_memory(kind, [2, ROWS, D], shared)
-    keys = gl.allocate_shared_memory(kind, [STAGES, BLOCK, D], shared)
-    for i in gl.static_range(STAGES - 1):
-        _copy_keys(keys.index(i), kv_ptr, _slots(list_ptr, i * BLOCK, left, BLOCK, copy), D, copy)
-    slot = _slots(list_ptr, (STAGES - 1) * BLOCK, left, BLOCK, copy)
-    source = (q_ptr, q_stride_n, q_stride_p, q_stride_h)
-    _load_queries(queries.index(0), *source, first_item, head, PROBES, GROUP, ROWS, D, copy)
-    _load_queries(queries.index(1), *source, second_item, head, PROBES, GROUP, ROWS, D, copy)
-
-    row = gl.arange(0, ROWS, layout=by_column)
-    probe = row // GROUP
+    probe = gl.arange(0, ROWS, layout=by_column) // GROUP
     rows: gl.constexpr = PROBES * GROUP
-    # Rows that only pad the matrix product weigh nothing.
-    lse = gl.load(lse_ptr + first_pair * ROWS + row, mask=row < rows, other=float("inf"))
-    first_lse = gl.allocate_shared_memory(gl.float32, [ROWS], flat, lse)
-    lse = gl.load(lse_ptr + second_pair * ROWS + row, mask=row < rows, other=float("inf"))
-    second_lse = gl.allocate_shared_memory(gl.float32, [ROWS], flat, lse)
+    first_lse = _load_lse(lse_ptr, first_pair, rows, ROWS, by_column)
+    second_lse = _load_lse(lse_ptr, second_pair, rows, ROWS, by_column)
     first_open = gl.load(first_table).to(gl.int32) - PROBES + 1
     second_open = gl.load(second_table).to(gl.int32) - PROBES + 1
     first_out = out_ptr + gl.load(first_table + 2)
@@ -276,9 +316,8 @@ def paired_weights_kernel(
     zero = gl.zeros([BLOCK, ROWS], gl.float32, layout=mma)
     first_queries = queries.index(0).permute((1, 0))
     second_queries = queries.index(1).permute((1, 0))
-    async_copy.wait_group(STAGES - 2)
-    fence_async_shared()
-    product = warpgroup_mma(keys.index(0), first_queries, zero, use_acc=False, is_async=True)
+    key = _arrived(keys, 0, STAGES - 2, STAGES)
+    product = warpgroup_mma(key, first_queries, zero, use_acc=False, is_async=True)
     first_logits = warpgroup_mma_wait(0, deps=[product])
     for t in range(tiles):
         place = begin + t * BLOCK
@@ -289,9 +328,7 @@ def paired_weights_kernel(
             scale_log2, rows, mma,
         )  # fmt: skip
         second_logits = warpgroup_mma_wait(0, deps=[product])
-        async_copy.wait_group(STAGES - 3)
-        fence_async_shared()
-        key = keys.index((t + 1) % STAGES)
+        key = _arrived(keys, t + 1, STAGES - 3, STAGES)
         product = warpgroup_mma(key, first_queries, zero, use_acc=False, is_async=True)
         _copy_keys(keys.index((t + STAGES - 1) % STAGES), kv_ptr, slot, D, copy)
         slot = _slots(list_ptr, (t + STAGES) * BLOCK, left, BLOCK, copy)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from benchmark.quality.conversations import MODES
 from benchmark.quality.records import Record
 from benchmark.quality.statistics import Estimate, bootstrap
 
 FULL = "full"
 # Tasks on which full attention scores less say nothing about what selection loses.
 LEAST_FULL = 0.30
+# Modes in which full attention, whose prefixes are never pruned, does what it does by turns.
+SHRINKING = frozenset(name for name, mode in MODES.items() if mode.shrink)
+
+# A sample and the turn of its conversation.
+Question = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -56,33 +62,73 @@ class Cell:
     cached: float
 
 
+@dataclass
+class _Answers:
+    """What one configuration answered, the latest answer to every question.
+
+    Attributes
+    ----------
+    run_of : of the latest answers
+    in_run : all answers, by run and question
+    """
+
+    latest: dict[Question, Record] = field(default_factory=dict)
+    run_of: dict[Question, int] = field(default_factory=dict)
+    in_run: dict[tuple[int, Question], Record] = field(default_factory=dict)
+
+    def add(self, run: int, record: Record) -> None:
+        question = record["sample"], record.get("turn", 0)
+        self.latest[question] = record
+        self.run_of[question] = run
+        self.in_run[run, question] = record
+
+    def beside(self, other: _Answers) -> dict[Question, Record]:
+        """Answers to the questions of ``other``, of the same run where there are any.
+
+        Two GPUs round differently, and so may one with other prompts in the batch.
+        """
+        found = {}
+        for question in other.latest.keys() & self.latest.keys():
+            same = self.in_run.get((other.run_of[question], question))
+            found[question] = same or self.latest[question]
+        return found
+
+
 def cells(records: Iterable[Record]) -> list[Cell]:
-    """Cells in the order in which they were measured; those without full attention are left out."""
-    answers: dict[CellKey, dict[tuple[str, int], Record]] = defaultdict(dict)
+    """Cells in the order in which they were measured; those without full attention are left out.
+
+    Records follow the ``run`` record of the process that measured them.
+    """
+    answers: dict[CellKey, _Answers] = defaultdict(_Answers)
     times: dict[CellKey, list[Record]] = defaultdict(list)
+    run = 0
     for record in records:
         key = CellKey(
             record["model"], record["data"], record.get("mode", ""), record.get("config", "")
         )
-        if record["kind"] in ("answer", "turn"):
-            answers[key][record["sample"], record.get("turn", 0)] = record
+        if record["kind"] == "run":
+            run += 1
+        elif record["kind"] in ("answer", "turn"):
+            answers[key].add(run, record)
         elif record["kind"] == "time":
             times[key].append(record)
     found = []
     for key, mine in answers.items():
-        full = answers.get(CellKey(key.model, key.data, key.mode, FULL), {})
-        if cell := _cell(key, mine, full, times[key]):
+        mode = "turns" if key.mode in SHRINKING else key.mode
+        full = answers.get(CellKey(key.model, key.data, mode, FULL), _Answers())
+        counting = _counting_tasks(full.latest)
+        if cell := _cell(key, mine.latest, full.beside(mine), counting, times[key]):
             found.append(cell)
     return found
 
 
 def _cell(
     key: CellKey,
-    mine: dict[tuple[str, int], Record],
-    full: dict[tuple[str, int], Record],
+    mine: dict[Question, Record],
+    full: dict[Question, Record],
+    counting: set[str],
     times: list[Record],
 ) -> Cell | None:
-    counting = _counting_tasks(full)
     common = [k for k in mine if k in full and mine[k]["task"] in counting]
     if not common:
         return None

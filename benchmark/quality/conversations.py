@@ -167,7 +167,13 @@ def _lab(loaded: LoadedModel, mode: Mode, prompts: Sequence[Prompts], backend: s
     if not mode.pressure:
         needed = together * max(len(p.turns[-1]) for p in prompts)
         extra = 6 * needed if mode.order == "visible" else needed // 2
-        return Lab(loaded, tokens=needed + extra + 4096, retention=mode.retention, backend=backend)
+        return Lab(
+            loaded,
+            tokens=needed + extra + 4096,
+            retention=mode.retention,
+            backend=backend,
+            core=mode.core,
+        )
     contexts = together * max(len(p.context) for p in prompts)
     longest = max(len(p.turns[-1]) for p in prompts)
     # One request at a time: whatever it does not need can be pushed out.

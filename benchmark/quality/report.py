@@ -203,6 +203,7 @@ SECTIONS = {
         lengths=RULER_DATA,
     ),
     "tuning": Section(lambda c: True, lengths=TUNE_DATA),
+    "quarter": Section(lambda c: True, lengths=frozenset({"tune25-8192"})),
     "short": Section(lambda c: True, lengths=frozenset({"gsm8k-2048", "mmlu-2048"})),
     "conversations": Section(
         lambda c: True, (*WHERE, *COLUMNS, TURNS), frozenset({"visible", "turns", "users"})

@@ -70,6 +70,25 @@ def some_records() -> list[dict[str, Any]]:
     return [{"kind": "run", "model": "m", "data": ""}, *records, time, time]
 
 
+def test_cells_compare_answers_of_one_run_where_they_can() -> None:
+    run, tca = {"kind": "run", "model": "m", "data": ""}, "tca p15 k39"
+    first = [run, answer("full", "easy", 0, 1.0), answer(tca, "easy", 0, 1.0)]
+    second = [run, answer("full", "easy", 0, 0.5), answer(tca, "easy", 1, 0.0)]
+    third = [run, answer("full", "easy", 1, 1.0)]
+    _, sparse = cells([*first, *second, *third])
+    # The first question was answered in the first run by both, the second only apart.
+    assert sparse.full == pytest.approx(100) and sparse.difference.mean == pytest.approx(-50)
+
+
+def test_modes_that_shrink_prefixes_are_compared_with_full_attention_by_turns() -> None:
+    def turn(config: str, mode: str, score: float) -> dict[str, Any]:
+        return answer(config, "easy", 0, score, kind="turn", mode=mode, turn=0)
+
+    records = [turn("full", "turns", 1.0), turn("tca p15 k39", "core", 0.5)]
+    _, core = cells([*records, turn("full", "core", 0.4)])[:2]
+    assert core.key.mode == "core" and core.difference.mean == pytest.approx(-50)
+
+
 def test_cells_compare_the_same_samples_of_tasks_that_count() -> None:
     full, sparse, streaming = cells(some_records())
     assert full.accuracy.mean == pytest.approx(75) and full.difference.mean == 0

@@ -154,6 +154,9 @@ class Lab:
                 if output.finish is not None:
                     done(output.rid)
             self._outbox.outputs.clear()
+        # On a GPU what ended last may be in one more step; the next scheduler would not release it.
+        while not self.scheduler.planner.is_idle:
+            self.scheduler.run_once()
         return replies
 
     @staticmethod

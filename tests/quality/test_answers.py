@@ -17,7 +17,7 @@ from benchmark.quality import answers, plan, samples
 from benchmark.quality.answers import OutOfTime, batches, by_prefill, run_answers
 from benchmark.quality.configurations import Configuration
 from benchmark.quality.generate import ruler_samples
-from benchmark.quality.lab import Lab
+from benchmark.quality.lab import Ask, Lab
 from benchmark.quality.records import Records, read
 from benchmark.quality.samples import Sample
 from tca_runtime.models.loader import LoadedModel
@@ -203,3 +203,15 @@ def test_broken_plans(stage: dict[str, Any], tmp_path: Path) -> None:
     file.write_text(json.dumps({"sets": {}, "stages": [{"data": "d", **stage}]}))
     with pytest.raises(ValueError, match="none"):
         plan.read_plan(file)
+
+
+def test_nothing_of_a_request_is_left_when_the_next_configuration_comes(lab: Lab) -> None:
+    lab.use(Configuration.parse("full"))
+    ask = Ask("a", list(range(1, 200)), 8)
+    drawn = lab.generate([ask])["a"].ids
+    # As on a GPU: the request ends unexpectedly, when one more step with it has been launched.
+    lab.scheduler._overlap = True
+    lab.scheduler._eos_ids = frozenset(drawn[:1])
+    assert len(lab.generate([ask])["a"].ids) < len(drawn)
+    assert not lab.engine.cache.usage().running_slots
+    assert lab.scheduler.planner.is_idle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tca_runtime.cache.head_slots import HeadSlots
+from tca_runtime.cache.lru import VOID_ENTRIES
 from tca_runtime.cache.manager import CacheManager
-from tca_runtime.cache.radix_tree import Namespace
+from tca_runtime.cache.radix_tree import Namespace, RadixNode
 from tca_runtime.cache.slot_pool import OutOfSlotsError, SlotPool
 from tca_runtime.cache.views import ViewTable
 from tests.cache.late_transfers import LateTransfers
@@ -161,6 +163,17 @@ def test_concurrent_same_prompt_keeps_one_copy_in_the_tree() -> None:
         manager.release(Namespace(), sequence, tokens)
     manager.check()
     assert manager.usage().running_slots == 0
+
+
+def test_what_was_evicted_is_forgotten() -> None:
+    """Without pruning and host tier only one queue is ever popped; the others hold nothing back."""
+    manager = make_manager(20, 4, 0, None, False)
+    gone: list[weakref.ref[RadixNode]] = []
+    for start in range(0, 4000, 20):
+        gone += [weakref.ref(node) for node in manager.tree.nodes()]
+        run_prompt(manager, list(range(start, start + 14)))
+    alive = sum(node() is not None for node in gone)
+    assert len(gone) > 190 and alive < 2 * VOID_ENTRIES
 
 
 def test_without_sharing_nothing_is_kept() -> None:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tca_runtime.cache.radix_tree import RadixNode
 
+# Void entries that may stay, besides as many as are queued, before the heap is made anew.
+VOID_ENTRIES = 64
+
 
 class LruQueue:
     """Nodes that qualify for something, the least recently used first.
@@ -22,7 +25,8 @@ class LruQueue:
     def __init__(self, qualifies: Callable[[RadixNode], bool]) -> None:
         self._qualifies = qualifies
         self._heap: list[tuple[int, int, RadixNode]] = []
-        self._queued: set[RadixNode] = set()
+        # The number of each queued node's entry; other entries in the heap are void.
+        self._queued: dict[RadixNode, int] = {}
         self._order = itertools.count()
 
     def __contains__(self, node: RadixNode) -> bool:
@@ -34,17 +38,26 @@ class LruQueue:
     def offer(self, node: RadixNode) -> None:
         """Queue a node if it qualifies and is not queued."""
         if node not in self._queued and self._qualifies(node):
-            self._queued.add(node)
-            heapq.heappush(self._heap, (node.last_access, next(self._order), node))
+            self._queued[node] = next(self._order)
+            heapq.heappush(self._heap, (node.last_access, self._queued[node], node))
 
     def pop(self) -> RadixNode | None:
         """Take the oldest node that qualifies, if there is one."""
         while self._heap:
-            stamp, _, node = heapq.heappop(self._heap)
-            self._queued.remove(node)
+            stamp, number, node = heapq.heappop(self._heap)
+            if self._queued.get(node) != number:
+                continue
+            del self._queued[node]
             if not self._qualifies(node):
                 continue
             if node.last_access == stamp:
                 return node
             self.offer(node)
         return None
+
+    def discard(self, node: RadixNode) -> None:
+        """Forget a node that is gone: a queue that nobody pops must not keep it alive."""
+        self._queued.pop(node, None)
+        if len(self._heap) > 2 * len(self._queued) + VOID_ENTRIES:
+            self._heap = [entry for entry in self._heap if self._queued.get(entry[2]) == entry[1]]
+            heapq.heapify(self._heap)

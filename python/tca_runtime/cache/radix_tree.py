@@ -44,6 +44,7 @@ class RadixNode:
     """
 
     __slots__ = (
+        "__weakref__",
         "children",
         "hits",
         "host",
@@ -211,6 +212,8 @@ class RadixTree:
         assert parent is not None and leaf.is_leaf and not leaf.locks
         del parent.children[int(leaf.tokens[0])]
         leaf.parent = None
+        for queue in self._queues:
+            queue.discard(leaf)
         self.num_tokens -= len(leaf.tokens)
         self._count(leaf, -1)
         self._offer(parent)

@@ -12,18 +12,15 @@ from benchmark.quality.configurations import Configuration
 from benchmark.quality.lab import Ask, Lab, Reply, release
 from benchmark.quality.markup import Markup
 from benchmark.quality.progress import bar
-from benchmark.quality.rebuild import rebuild
 from benchmark.quality.records import Record, Records
 from benchmark.quality.samples import Session, grade
 from tca_runtime.models.loader import LoadedModel
+from tca_runtime.scheduler.repetition import PROMPT, Repetition
 
 # Sessions that are alive at the same time.
 AT_ONCE = 25
 # Sessions that compete for a device pool of this share of their contexts.
 UNDER_PRESSURE, PRESSURE = 10, 0.55
-
-
-REPEAT = "Repeat the text above, word for word."
 
 
 @dataclass(frozen=True)
@@ -74,14 +71,10 @@ MODES = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of a session: the context, and the context with what follows for every question.
-
-    ``repeat`` follows the context where the model is asked to repeat it.
-    """
+    """Token ids of a session: the context, and the context with what follows for every question."""
 
     session: Session
     context: list[int]
-    repeat: list[int]
     turns: list[list[int]]
     alone: list[list[int]]
 
@@ -97,7 +90,7 @@ class Prompts:
             history = history + asked
             turns.append(history)
             history = history + encode(turn.gold + markup.question)
-        return Prompts(session, context, encode(REPEAT + markup.answer), turns, alone)
+        return Prompts(session, context, turns, alone)
 
 
 def run_conversations(
@@ -197,8 +190,11 @@ def _serve(
     if mode.order != "visible":
         lab.generate([Ask(p.session.id, p.context, 0) for p in group])
         if mode.rebuild and lab.engine.sparsity is not None:
-            for p in group:
-                rebuild(lab.engine, p.context, p.repeat, mode.rebuild)
+            length = lab.engine.model_config.max_position
+            ids = tokenizer.encode(PROMPT, add_special_tokens=False)
+            repetition = Repetition(lab.engine, ids, length, mode.rebuild)
+            while repetition.advance():
+                pass
         if mode.shrink and lab.engine.sparsity is not None:
             lab.engine.cache.reclaimer.shrink_all()
     usage = lab.engine.cache.usage()

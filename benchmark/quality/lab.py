@@ -111,8 +111,11 @@ class Lab:
         file = shipped(self.engine.identity, SparsityArgs().tca_threshold)
         settings = configuration.settings(shape.num_layers, shape.num_kv_heads, file)
         self.engine.use_sparsity(settings)
+        reclaimer = self.engine.cache.reclaimer
         if settings is not None and self._core == "shared":
-            self.engine.cache.reclaimer.choose_core = SharedCore(settings, shape.rows)
+            reclaimer.choose_core = SharedCore(settings, shape.rows)
+        if self._core == "budgeted":
+            reclaimer.choose_repeated = None
         if configuration.prefill_key != self._prefill_key:
             self.engine.cache.flush()
         self._prefill_key = configuration.prefill_key

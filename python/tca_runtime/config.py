@@ -145,6 +145,12 @@ class SparsityArgs:
         "when unselected slots leave the device",
         choices=("on-pressure", "immediate", "never"),
     )
+    tca_repetition: str = _option(
+        "auto",
+        "while idle, have the model repeat cold prefixes, so that pruning them costs less; "
+        "auto does it on a GPU without a host tier",
+        choices=("auto", "on", "off"),
+    )
     host_cache_size: float | None = _option(
         None, "GiB of host memory for demoted slots; 0 is off, default a share of what is free"
     )

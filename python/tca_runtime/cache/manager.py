@@ -109,13 +109,14 @@ class CacheManager:
         """Look up the longest cached prefix; changes nothing."""
         return self.tree.match(namespace, tokens if self.share_prefixes else tokens[:0])
 
-    def begin(self, match: PrefixMatch, headroom: int) -> Sequence | None:
+    def begin(self, match: PrefixMatch, headroom: int, is_use: bool = True) -> Sequence | None:
         """Lock a prefix for a request and open its view with room for ``headroom`` tokens.
 
         What the prefix has in the host tier starts to come back, layer by layer. None when slots
-        or the view table have no room; nothing is locked then.
+        or the view table have no room; nothing is locked then. Unless it ``is_use``, the prefix
+        stays as cold as it was.
         """
-        handle = self.tree.lock(match)
+        handle = self.tree.lock(match, is_use)
         path = self.tree.path(handle)
         demoted = [node for node in path if node.host is not None]
         needed = sum(node.host.num_slots for node in demoted if node.host is not None)

@@ -41,6 +41,7 @@ class RadixNode:
     locks : handles at or below this node
     prunable : of its namespace
     settled : nothing more of it can be pruned
+    repeated : the model has repeated its tokens, so its slots' importance depends on no question
     """
 
     __slots__ = (
@@ -52,6 +53,7 @@ class RadixNode:
         "locks",
         "parent",
         "prunable",
+        "repeated",
         "settled",
         "slots",
         "tokens",
@@ -68,6 +70,7 @@ class RadixNode:
         self.hits = 0
         self.prunable: bool = parent is None or parent.prunable
         self.settled = False
+        self.repeated = False
 
     @property
     def is_leaf(self) -> bool:
@@ -105,7 +108,8 @@ class RadixTree:
 
     A path's last access is never older than its children's. The queues hold unlocked nodes only:
     ``leaves`` can be evicted, ``full`` ones can shrink, ``cores`` are what demoted nodes still
-    hold on the device, ``hosted`` ones take host memory.
+    hold on the device, ``hosted`` ones take host memory, ``unrepeated`` ones are complete leaves
+    that the model might repeat before they shrink.
     """
 
     def __init__(self) -> None:
@@ -117,7 +121,10 @@ class RadixTree:
             lambda n: self._is_idle(n) and n.host is not None and n.slots.num_slots > 0
         )
         self.hosted = LruQueue(lambda n: self._is_idle(n) and n.host is not None)
-        self._queues = (self.leaves, self.full, self.cores, self.hosted)
+        self.unrepeated = LruQueue(
+            lambda n: self._is_idle(n) and n.is_leaf and n.state == "full" and not n.repeated
+        )
+        self._queues = (self.leaves, self.full, self.cores, self.hosted, self.unrepeated)
         self.num_tokens = 0
         self.num_slots = 0
         self.num_host_slots = 0
@@ -143,8 +150,11 @@ class RadixTree:
                 break
         return PrefixMatch(matched, node, offset)
 
-    def lock(self, match: PrefixMatch) -> PrefixHandle:
-        """Lock a match just made (no change of the tree in between); splits at its end."""
+    def lock(self, match: PrefixMatch, is_use: bool = True) -> PrefixHandle:
+        """Lock a match just made (no change of the tree in between); splits at its end.
+
+        It counts as an access, by which least recently used is meant, if it ``is_use``.
+        """
         node = match.node
         if match.offset < len(node.tokens):
             node = self._split(node, match.offset)
@@ -153,8 +163,8 @@ class RadixTree:
             if step.locks == 0:
                 self.locked_slots += step.slots.num_slots
             step.locks += 1
-            step.last_access = now
-        node.hits += 1
+            step.last_access = now if is_use else step.last_access
+        node.hits += is_use
         return PrefixHandle(match.num_tokens, node)
 
     def unlock(self, handle: PrefixHandle) -> None:
@@ -166,7 +176,18 @@ class RadixTree:
 
     def path(self, handle: PrefixHandle) -> list[RadixNode]:
         """The nodes of a locked prefix, root first."""
-        return list(_path(handle.node))[::-1]
+        return self.path_to(handle.node)
+
+    def path_to(self, node: RadixNode) -> list[RadixNode]:
+        """The nodes from below the root down to ``node``."""
+        return list(_path(node))[::-1]
+
+    def namespace_of(self, node: RadixNode) -> Namespace:
+        """Where a node of the tree is to be found."""
+        root = node
+        while root.parent is not None:
+            root = root.parent
+        return next(name for name, found in self._roots.items() if found is root)
 
     def insert(self, namespace: Namespace, tokens: Tokens, value: HeadSlots) -> list[HeadSlots]:
         """Add ``value``, which covers the end of ``tokens``; the tree takes its slots.
@@ -264,7 +285,7 @@ class RadixTree:
         cut = node.slots.begin + offset
         head, tail = node.slots.split(cut)
         upper = RadixNode(node.tokens[:offset], head, node.parent)
-        upper.locks, upper.settled = node.locks, node.settled
+        upper.locks, upper.settled, upper.repeated = node.locks, node.settled, node.repeated
         upper.last_access, upper.hits = node.last_access, node.hits
         node.parent.children[int(upper.tokens[0])] = upper
         if node.host is not None:

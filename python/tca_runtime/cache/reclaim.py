@@ -50,6 +50,7 @@ class Reclaimer:
     ----------
     host : second pool, in host memory; None for none
     choose_core : None keeps nodes complete until they are demoted whole or evicted
+    choose_repeated : ``choose_core`` of nodes whose tokens the model has repeated; the same if None
     may_prune : whether slots may be dropped for good while their node stays
     transfers : carries slots between the tiers
     headroom : device slots to have free ahead of need, so that demotion runs beside the steps
@@ -64,6 +65,7 @@ class Reclaimer:
         choose_core: CoreChooser | None = None,
         may_prune: bool = True,
         *,
+        choose_repeated: CoreChooser | None = None,
         transfers: Transfers,
         headroom: int = 0,
     ) -> None:
@@ -71,6 +73,7 @@ class Reclaimer:
         self._pool = pool
         self.host = host
         self.choose_core = choose_core
+        self.choose_repeated = choose_repeated
         self._may_prune = may_prune
         self._transfers = transfers
         self._headroom = headroom
@@ -142,7 +145,9 @@ class Reclaimer:
         if not node.prunable or self.choose_core is None:
             # Full attention needs all of it again: it can only move as a whole.
             return torch.zeros(node.slots.num_slots, dtype=torch.bool, device=self._pool.kv.device)
-        return self.choose_core(node.slots, self._pool.importance[node.slots.slots].float())
+        choose = self.choose_repeated if node.repeated else None
+        importance = self._pool.importance[node.slots.slots].float()
+        return (choose or self.choose_core)(node.slots, importance)
 
     def _may_drop(self, node: RadixNode) -> bool:
         return self._may_prune and node.prunable and self.choose_core is not None

@@ -48,6 +48,7 @@ def _describe(node: RadixNode, num_layers: int) -> dict[str, Any]:
         "host_slots": 0,
         "hits": node.hits,
         "locks": node.locks,
+        "repeated": node.repeated,
         "kept_ratio": float(np.mean(device)),
         "kept_ratio_by_layer": device,
     }

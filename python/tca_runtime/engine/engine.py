@@ -26,7 +26,7 @@ from tca_runtime.models.base import ForwardPass
 from tca_runtime.models.loader import LoadedModel, load_model
 from tca_runtime.sparsity.batched import BatchedSelection
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, StepSelection
-from tca_runtime.sparsity.core import BudgetedCore
+from tca_runtime.sparsity.core import BudgetedCore, SharedCore
 from tca_runtime.sparsity.load import load_settings
 from tca_runtime.sparsity.settings import ModelIdentity, SparsitySettings
 
@@ -101,8 +101,9 @@ class Engine:
         prefixes stay; who changes what a prefix's K and V depend on flushes the cache.
         """
         self.sparsity = settings
-        core = BudgetedCore(settings, self.shape.rows) if settings else None
-        self.cache.reclaimer.choose_core = core
+        reclaimer, rows = self.cache.reclaimer, self.shape.rows
+        reclaimer.choose_core = BudgetedCore(settings, rows) if settings else None
+        reclaimer.choose_repeated = SharedCore(settings, rows) if settings else None
 
     def run(self, step: StepInput) -> StepOutput:
         """Compute one step: write K and V, sample the next tokens."""

@@ -36,6 +36,7 @@ from tca_runtime.messages import (
 from tca_runtime.models.errors import ModelError
 from tca_runtime.scheduler.choices import kv_cache_gib, log_choices
 from tca_runtime.scheduler.outbox import Outbox
+from tca_runtime.scheduler.repetition import create_repetition
 from tca_runtime.scheduler.scheduler import Scheduler
 from tca_runtime.sparsity.chooser import REQUEST_PARAMS
 from tca_runtime.sparsity.settings import ConfigurationError
@@ -107,8 +108,15 @@ def _build(config: RuntimeConfig, inbox: Receiver[ToScheduler], outbox: Outbox) 
     engine.warm_up()
     model = engine.model_config
     context_length = config.model.context_length or model.max_position
-    grammars = GrammarCompiler(load_tokenizer(config.model), model.vocab_size, model.eos_token_ids)
-    scheduler = Scheduler(config, engine, grammars, inbox, outbox, context_length)
+    tokenizer = load_tokenizer(config.model)
+    grammars = GrammarCompiler(tokenizer, model.vocab_size, model.eos_token_ids)
+    repetition = create_repetition(
+        config.sparsity,
+        engine,
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        context_length,
+    )
+    scheduler = Scheduler(config, engine, grammars, inbox, outbox, context_length, repetition)
     info: dict[str, Any] = {
         "model_type": model.model_type,
         "architectures": [model.architecture],

@@ -30,6 +30,7 @@ from tca_runtime.scheduler.inputs import step_input
 from tca_runtime.scheduler.intake import Intake, Limits
 from tca_runtime.scheduler.long_chunk import LongChunk
 from tca_runtime.scheduler.planner import StepPlan, StepPlanner
+from tca_runtime.scheduler.repetition import Repetition
 from tca_runtime.scheduler.request import Request
 from tca_runtime.scheduler.results import check_finish, take_output
 from tca_runtime.sparsity.chooser import DecodeView
@@ -48,6 +49,8 @@ STREAM_INTERVAL = 0.02
 # Quiet times after which the cache is checked: its counters, then the owner of every slot.
 COUNTERS_CHECK_SECONDS = 1.0
 SLOTS_CHECK_SECONDS = 60.0
+# Of quiet, before cold prefixes are repeated.
+REPEAT_AFTER_SECONDS = 0.3
 # While all that is left waits for its grammar.
 GRAMMAR_POLL_MS = 5
 
@@ -89,8 +92,11 @@ class Scheduler:
         inbox: Receiver[ToScheduler],
         outbox: Sender[ToTokenizer],
         context_length: int,
+        repetition: Repetition | None = None,
     ) -> None:
         self.engine = engine
+        self._repetition = repetition
+        self._repeating = False
         self.planner = StepPlanner(config.scheduler, engine.cache)
         self._grammars = grammars
         self._inbox = inbox
@@ -134,6 +140,7 @@ class Scheduler:
             if not self._overlap:
                 self._settle()
         self._idle_check()
+        self._repeat()
         self._beat()
 
     def state(self) -> dict[str, Any]:
@@ -143,7 +150,7 @@ class Scheduler:
     def _patience(self) -> int:
         """Milliseconds to wait for a message: none while there is something to compute."""
         if self.planner.is_idle:
-            return IDLE_POLL_MS
+            return 0 if self._repeating else IDLE_POLL_MS
         waiting = any(r.grammar is None for r in self.planner.waiting)
         planner, under_way = self.planner, self._in_flight or self._long
         computing = waiting or planner.running or planner.prefilling or under_way
@@ -378,6 +385,12 @@ class Scheduler:
         elif self._checked == 1 and now - self._idle_since >= SLOTS_CHECK_SECONDS:
             self.engine.cache.check()
             self._checked = 2
+
+    def _repeat(self) -> None:
+        """Repeat a piece of a cold prefix when nothing was asked for a while."""
+        idle = self.planner.is_idle and self._in_flight is None
+        waited = idle and time.monotonic() - self._idle_since >= REPEAT_AFTER_SECONDS
+        self._repeating = waited and self._repetition is not None and self._repetition.advance()
 
     def _beat(self) -> None:
         now = time.monotonic()

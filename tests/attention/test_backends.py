@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tca_runtime.attention import create_backend
+from tca_runtime.attention.cpu_backend import CpuAttention
 from tests.attention.steps import LAYERS, Case, Request, dense, even, make_case, make_shape, run
 
 GEOMETRIES = [(1, 64), (3, 64), (7, 64), (3, 128)]
@@ -42,6 +43,23 @@ def test_one_chunk(
     name: str, tokens: int, past: list[list[int]], group: int, head_dim: int
 ) -> None:
     check(name, make_case(make_shape(group, head_dim), [], [Request(past, tokens)]))
+
+
+@pytest.mark.parametrize("part", [1, 17, 64, 200])
+@pytest.mark.parametrize("past", [even(0), even(100), RAGGED[0]], ids=["none", "even", "ragged"])
+@pytest.mark.parametrize("group", [1, 7])
+def test_a_chunk_in_parts(part: int, past: list[list[int]], group: int) -> None:
+    case = make_case(make_shape(group, 64), [], [Request(past, 130)])
+    expected, pool = dense(case)
+    kv = case.kv.clone()
+    attention = create_backend("cpu", case.shape, kv).begin(case.step)
+    assert isinstance(attention, CpuAttention)
+    for layer, (q, k, v) in enumerate(case.inputs):
+        attend = attention.split(layer, q, k, v)
+        places = [(a, min(a + part, 130)) for a in range(0, 130, part)]
+        output = torch.cat([attend(a, b) for a, b in places])
+        torch.testing.assert_close(output, expected[layer], atol=1e-5, rtol=1e-5)
+    assert torch.equal(kv, pool)
 
 
 @pytest.mark.parametrize("name", ["torch", "cpu"])

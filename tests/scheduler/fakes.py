@@ -156,18 +156,18 @@ class FakeBegun:
     """A step whose layers come one by one; until it ends, its slots are its own."""
 
     def __init__(self, engine: FakeEngine, step: StepInput) -> None:
-        self.layers_left = LAYERS
+        self.parts_left = LAYERS
         self._engine = engine
         self._step = step
 
-    def advance(self, num_layers: int) -> None:
+    def advance(self, num_parts: int) -> None:
         free = set(self._engine.cache.pool.free_slots().tolist())
         for chunk in self._step.chunks:
             assert not free.intersection(chunk.slots.flatten().tolist()), "freed between layers"
-        self.layers_left -= min(num_layers, self.layers_left)
+        self.parts_left -= min(num_parts, self.parts_left)
 
     def finish(self) -> FakeStep:
-        assert not self.layers_left
+        assert not self.parts_left
         return self._engine.launch(self._step)
 
 

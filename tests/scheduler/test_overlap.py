@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tca_runtime.engine import engine as engine_module
 from tca_runtime.messages import (
     AbortRequest,
     Control,
@@ -303,22 +304,26 @@ def beside_a_stream(overlap: bool) -> tuple[Server, list[list[int]]]:
     return server, [server.tokens(rid) for rid in ("stream", "r0", "r1", "r2")]
 
 
-def test_layers_between_steps_compute_what_one_step_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part_tokens", [512, 100])
+def test_layers_between_steps_compute_what_one_step_does(
+    monkeypatch: pytest.MonkeyPatch, part_tokens: int
+) -> None:
+    monkeypatch.setattr(engine_module, "PART_TOKENS", part_tokens)
     monkeypatch.setattr(
         PrefillPace, "budget", lambda self, decoding, prompts: 32 if decoding else 256
     )
     advance, layers = LongChunk.advance, []
 
     def recording(self: LongChunk, spare: float) -> int:
-        layers.append(self.step.layers_left)
+        layers.append(self.step.parts_left)
         # One at a time while others decode, however fast they are.
         return advance(self, min(spare, 0.0))
 
     with monkeypatch.context() as patch:
         patch.setattr(LongChunk, "advance", recording)
         found = [beside_a_stream(overlap) for overlap in (False, True)]
-    num_layers = found[0][0].engine.shape.num_layers
-    assert layers.count(num_layers) >= 12 and layers.count(1) == layers.count(num_layers)
+    most = found[0][0].engine.shape.num_layers * -(-256 // part_tokens)
+    assert max(layers) == most and layers.count(1) >= layers.count(most) >= 12
     plan = StepPlanner.plan
 
     def at_once(self: StepPlanner, **state: bool) -> StepPlan:

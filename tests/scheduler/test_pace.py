@@ -298,10 +298,10 @@ class Layers:
     """Stands for a step of which some layers were launched."""
 
     def __init__(self, count: int) -> None:
-        self.layers_left = count
+        self.parts_left = count
 
-    def advance(self, num_layers: int) -> None:
-        self.layers_left -= min(num_layers, self.layers_left)
+    def advance(self, num_parts: int) -> None:
+        self.parts_left -= min(num_parts, self.parts_left)
 
 
 def test_as_many_layers_run_between_steps_as_there_is_time_for() -> None:

@@ -32,6 +32,19 @@ class LayerAttention(Protocol):
         ...
 
 
+class SplitAttention(LayerAttention, Protocol):
+    """Attention of one chunk alone whose queries may come in several runs per layer."""
+
+    def split(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int, int], Tensor]:
+        """Store and select for one layer, as a call does; attend later.
+
+        Returns
+        -------
+        ``attend(a, b)``: for tokens ``a`` to ``b``, what the call returns for them.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class AttentionShape:
     """Static sizes every backend needs."""
@@ -197,10 +210,12 @@ class AttentionBackend(ABC):
     Attributes
     ----------
     batches_selections : whether it takes ``AttentionStep.choose_views``
+    splits_chunks : whether ``begin`` gives a ``SplitAttention``
     before_layer : called with a layer's number before anything is read of its slots
     """
 
     batches_selections = False
+    splits_chunks = False
 
     def __init__(self, shape: AttentionShape, kv: Tensor) -> None:
         """``kv``: the slot pool's storage, ``[num_slots, 2, D]``."""

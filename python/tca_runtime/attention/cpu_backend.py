@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ from tca_runtime.attention.base import (
     AttentionBackend,
     AttentionShape,
     AttentionStep,
-    LayerAttention,
     PrefillChunk,
     SlotLists,
+    SplitAttention,
+    ViewChooser,
 )
-from tca_runtime.attention.cpu_prefill import RequestLists, attend_chunk, attend_slots
+from tca_runtime.attention.cpu_prefill import RequestLists, attend_chunk, attend_run, attend_slots
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class CpuBackend(AttentionBackend):
     later processes load them from numba's cache.
     """
 
+    splits_chunks = True
+
     def __init__(self, shape: AttentionShape, kv: Tensor) -> None:
         super().__init__(shape, kv)
         advise_huge_pages(kv)
@@ -56,33 +60,17 @@ class CpuBackend(AttentionBackend):
         """Why the backend cannot serve ``shape``, or None."""
         return None if shape.device.type == "cpu" else f"runs on cpu, not on {shape.device.type}"
 
-    def begin(self, step: AttentionStep) -> LayerAttention:
+    def begin(self, step: AttentionStep) -> SplitAttention:
         """Read lists and lengths once, so that a layer only passes arrays to kernels."""
-        write = self._writer(step.new_slots)
         decode: DecodeLayer | None = None
         if step.decode is not None:
             lists = step.decode
             decode = self._in_place_decode(lists) if self.compiled else self._gather_decode(lists)
-        choose_view = step.choose_view
         prefill: list[tuple[slice, RequestLists]] = []
         if step.prefill is not None:
             prefill = [_past(step.prefill, chunk) for chunk in step.chunks]
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            write(layer, k, v)
-            out = torch.empty(q.shape, dtype=q.dtype)
-            if decode is not None:
-                decode(layer, q, out)
-            for index, (tokens, past) in enumerate(prefill):
-                queries = q[tokens]
-                view = choose_view(layer, index, queries) if choose_view else None
-                slots = past.slots(layer) if view is None else view.per_head()
-                out[tokens] = attend_chunk(
-                    queries, k[tokens], v[tokens], self.kv, slots, self.shape.scale
-                )
-            return out.view(len(q), -1)
-
-        return attend
+        write = self._writer(step.new_slots)
+        return CpuAttention(self.kv, self.shape.scale, write, decode, prefill, step.choose_view)
 
     def _writer(self, new_slots: Tensor) -> WriteLayer:
         if self.compiled:
@@ -133,6 +121,48 @@ class CpuBackend(AttentionBackend):
                 out[b] = attended.reshape(out[b].shape)
 
         return decode
+
+
+@dataclass(frozen=True)
+class CpuAttention:
+    """The attention of one forward pass (``SplitAttention``).
+
+    Attributes
+    ----------
+    kv : the pool's ``[num_slots, 2, D]``
+    prefill : each chunk's place on the token axis, and its request's lists without the chunk
+    """
+
+    kv: Tensor
+    scale: float
+    write: WriteLayer
+    decode: DecodeLayer | None
+    prefill: Sequence[tuple[slice, RequestLists]]
+    choose_view: ViewChooser | None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``LayerAttention``."""
+        self.write(layer, k, v)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        if self.decode is not None:
+            self.decode(layer, q, out)
+        for index, (tokens, _) in enumerate(self.prefill):
+            slots = self._seen(layer, index, q[tokens])
+            out[tokens] = attend_chunk(q[tokens], k[tokens], v[tokens], self.kv, slots, self.scale)
+        return out.view(len(q), -1)
+
+    def split(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int, int], Tensor]:
+        """See ``SplitAttention``."""
+        assert self.decode is None and len(self.prefill) == 1
+        self.write(layer, k, v)
+        slots = self._seen(layer, 0, q)
+        return lambda begin, end: attend_run(q, k, v, self.kv, slots, self.scale, begin, end).view(
+            end - begin, -1
+        )
+
+    def _seen(self, layer: int, index: int, queries: Tensor) -> Sequence[Tensor]:
+        view = self.choose_view(layer, index, queries) if self.choose_view else None
+        return self.prefill[index][1].slots(layer) if view is None else view.per_head()
 
 
 def _past(lists: SlotLists, chunk: PrefillChunk) -> tuple[slice, RequestLists]:

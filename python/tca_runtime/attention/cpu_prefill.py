@@ -41,23 +41,32 @@ def attend_chunk(
     -------
     ``[n, Hq, D]``
     """
-    n, num_kv_heads, head_dim = k.shape
-    queries = q.reshape(n, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    shared = (-1, queries.shape[1], -1, -1)
-    out, lse = _flash(
-        queries,
-        k.transpose(0, 1)[:, None].expand(shared),
-        v.transpose(0, 1)[:, None].expand(shared),
-        causal=True,
-        scale=scale,
-    )
-    if any(len(slots) for slots in past):
-        # No mask separates the queries of the past part, so a head's group can be one long run.
-        rows = queries.reshape(num_kv_heads, -1, head_dim)
-        past_out, past_lse = attend_slots(rows, kv, past, scale)
-        share = torch.sigmoid(past_lse.view(lse.shape) - lse)[..., None]
-        out = out.float().lerp_(past_out.view(out.shape).float(), share)
-    return out.permute(2, 0, 1, 3).reshape(q.shape).to(q.dtype)
+    return attend_run(q, k, v, kv, past, scale, 0, len(q))
+
+
+def attend_run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    past: Sequence[Tensor],
+    scale: float,
+    begin: int,
+    end: int,
+) -> Tensor:
+    """What ``attend_chunk`` returns for the chunk's tokens ``begin`` to ``end``."""
+    run = slice(begin, end)
+    own = _attend_causal(q[run], k[run], v[run], scale)
+    has_past = any(len(slots) for slots in past)
+    if begin or has_past:
+        rows = _by_head(q[run], k.shape[1]).reshape(k.shape[1], -1, k.shape[2])
+    if begin:
+        keys, values = k[:begin].transpose(0, 1)[:, None], v[:begin].transpose(0, 1)[:, None]
+        out, lse = _flash(rows[:, None], keys, values, causal=False, scale=scale)
+        own = _merged(own, out, lse)
+    if has_past:
+        own = _merged(own, *attend_slots(rows, kv, past, scale))
+    return own[0].permute(2, 0, 1, 3).reshape(q[run].shape).to(q.dtype)
 
 
 def attend_slots(
@@ -86,6 +95,31 @@ def attend_slots(
             )
             outs[head], lses[head] = out[0, 0], lse[0, 0]
     return outs, lses
+
+
+def _by_head(q: Tensor, num_kv_heads: int) -> Tensor:
+    """``[n, Hq, D]`` as ``[Hkv, G, n, D]``."""
+    return q.reshape(len(q), num_kv_heads, -1, q.shape[2]).permute(1, 2, 0, 3)
+
+
+def _attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``[Hkv, G, n, D]`` attention of tokens to one another, with its log-sum-exp."""
+    queries = _by_head(q, k.shape[1])
+    shared = (-1, queries.shape[1], -1, -1)
+    keys, values = k.transpose(0, 1)[:, None], v.transpose(0, 1)[:, None]
+    return _flash(queries, keys.expand(shared), values.expand(shared), causal=True, scale=scale)
+
+
+def _merged(own: tuple[Tensor, Tensor], out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys, from that over each.
+
+    No mask separates the queries of ``out``, so a head's group may be one long run there.
+    """
+    mine, my_lse = own
+    other = lse.view(my_lse.shape)
+    share = torch.sigmoid(other - my_lse)[..., None]
+    merged = mine.float().lerp_(out.view(mine.shape).float(), share)
+    return merged, torch.logaddexp(my_lse, other)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,10 @@ from tca_runtime.sparsity.settings import ModelIdentity, SparsitySettings
 
 logger = logging.getLogger(__name__)
 
+# Tokens for which a long chunk does a layer's work at once, where other steps run in between:
+# enough for products as fast as a whole chunk's, few enough to end soon.
+PART_TOKENS = 512
+
 
 class Engine:
     """Runs forward passes. Knows sequences and tokens, but no requests and no policy.
@@ -120,19 +124,23 @@ class Engine:
         if not step.chunks and 0 < len(step.decode) <= limit:
             hidden, places = self._replay(step)
             return self._launched(step, hidden, [], places)
-        started = self.begin(step)
-        started.advance(self.shape.num_layers)
+        started = self._begin(step)
+        started.advance(started.parts_left)
         return started.finish()
 
     @torch.inference_mode()
     def begin(self, step: StepInput) -> StartedStep:
-        """Prepare a step whose layers are queued later, other steps between them.
+        """Prepare a step whose parts are queued later, other steps between them.
 
         What it writes and reads must stay as it is until the step has ended.
         """
+        alone = len(step.chunks) == 1 and not step.decode
+        return self._begin(step, PART_TOKENS if alone and self.backend.splits_chunks else None)
+
+    def _begin(self, step: StepInput, part_tokens: int | None = None) -> StartedStep:
         work = [self._selection(chunk) for chunk in step.chunks]
         selection = self._chooser(step, work) if any(work) else None
-        forward = self._forward(step, selection)
+        forward = self._forward(step, selection, part_tokens)
 
         @torch.inference_mode()
         def finish() -> LaunchedStep:
@@ -189,7 +197,10 @@ class Engine:
         )
 
     def _forward(
-        self, step: StepInput, selection: StepSelection | BatchedSelection | None
+        self,
+        step: StepInput,
+        selection: StepSelection | BatchedSelection | None,
+        part_tokens: int | None,
     ) -> ForwardPass:
         num_decode = len(step.decode)
         indices = self._indices([d.sequence.view.index for d in step.decode])
@@ -212,7 +223,8 @@ class Engine:
         if ids:
             tokens = torch.cat([tokens, self._upload(np.concatenate(ids))])
         attention = self.backend.begin(self._attention_step(step, indices, chunks, selection))
-        return self.model.begin(tokens, self._upload(np.concatenate(positions)), attention)
+        where = self._upload(np.concatenate(positions))
+        return self.model.begin(tokens, where, attention, part_tokens)
 
     def _attention_step(
         self,

@@ -16,21 +16,21 @@ from tca_runtime.sparsity.chooser import DecodeView
 
 
 class StartedStep:
-    """A step whose layers are queued little by little (``BegunStep``)."""
+    """A step whose parts are queued little by little (``BegunStep``)."""
 
     def __init__(self, forward: ForwardPass, finish: Callable[[], LaunchedStep]) -> None:
         self._forward = forward
         self._finish = finish
 
     @torch.inference_mode()
-    def advance(self, num_layers: int) -> None:
+    def advance(self, num_parts: int) -> None:
         """See ``BegunStep``."""
-        self._forward.advance(num_layers)
+        self._forward.advance(num_parts)
 
     @property
-    def layers_left(self) -> int:
+    def parts_left(self) -> int:
         """See ``BegunStep``."""
-        return self._forward.layers_left
+        return self._forward.parts_left
 
     def finish(self) -> LaunchedStep:
         """See ``BegunStep``."""

@@ -122,17 +122,20 @@ class PendingStep(Protocol):
 
 
 class BegunStep(Protocol):
-    """A step of which not all layers were launched; other steps may be, between its layers."""
+    """A step of which not all parts were launched; other steps may be, between its parts.
 
-    def advance(self, num_layers: int) -> None:
-        """Launch the next layers, at most those that are left."""
+    A part is a layer, or a layer's work for some of the tokens (``ForwardPass``).
+    """
+
+    def advance(self, num_parts: int) -> None:
+        """Launch the next parts, at most those that are left."""
         ...
 
     @property
-    def layers_left(self) -> int:
-        """Layers that were not launched."""
+    def parts_left(self) -> int:
+        """Parts that were not launched."""
         ...
 
     def finish(self) -> PendingStep:
-        """Once no layer is left: what remains of the step."""
+        """Once no part is left: what remains of the step."""
         ...

@@ -10,27 +10,40 @@ from tca_runtime.attention.base import LayerAttention
 
 
 class ForwardPass(Protocol):
-    """A forward pass under way: other passes may run between its layers."""
+    """A forward pass under way: other passes may run between its parts.
 
-    def advance(self, num_layers: int) -> None:
-        """Run the next layers, at most those that are left."""
+    A part is a layer, or a layer's work for some of the tokens.
+    """
+
+    def advance(self, num_parts: int) -> None:
+        """Run the next parts, at most those that are left."""
         ...
 
     @property
-    def layers_left(self) -> int:
-        """Layers that have not run."""
+    def parts_left(self) -> int:
+        """Parts that have not run."""
         ...
 
     def hidden(self) -> Tensor:
-        """Hidden states ``[T, hidden]`` after all layers and the final norm."""
+        """Hidden states ``[T, hidden]`` after all parts and the final norm."""
         ...
 
 
 class CausalLM(Protocol):
     """A decoder-only language model without a cache of its own."""
 
-    def begin(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> ForwardPass:
-        """Prepare ``forward``, to be run some layers at a time."""
+    def begin(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attention: LayerAttention,
+        part_tokens: int | None = None,
+    ) -> ForwardPass:
+        """Prepare ``forward``, to be run part by part.
+
+        With ``part_tokens`` a part is a layer's work for so many tokens; ``attention`` is a
+        ``SplitAttention`` then.
+        """
         ...
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> Tensor:

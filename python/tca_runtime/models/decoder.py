@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from tca_runtime.attention.base import LayerAttention
+from tca_runtime.attention.base import LayerAttention, SplitAttention
 from tca_runtime.models.config import ModelConfig
 from tca_runtime.models.layers import (
     DecoderLayer,
@@ -23,7 +24,7 @@ from tca_runtime.models.weights.builder import WeightBuilder
 
 
 class DecoderPass:
-    """A forward pass of a ``Decoder``, some layers at a time (``ForwardPass``)."""
+    """A forward pass of a ``Decoder``, part by part (``ForwardPass``)."""
 
     def __init__(
         self,
@@ -32,35 +33,52 @@ class DecoderPass:
         hidden: Tensor,
         rotation: tuple[Tensor, Tensor],
         attention: LayerAttention,
+        part_tokens: int | None = None,
     ) -> None:
         self._layers = layers
         self._norm = norm
         self._hidden = hidden
         self._rotation = rotation
         self._attention = attention
-        self._next = 0
+        self._part_tokens = part_tokens
+        self._parts = self._all_parts()
+        self._num_left = len(layers) * (-(-len(hidden) // part_tokens) if part_tokens else 1)
 
-    def advance(self, num_layers: int) -> None:
+    def advance(self, num_parts: int) -> None:
         """See ``ForwardPass``."""
-        hidden, (cos, sin) = self._hidden, self._rotation
-        end = min(self._next + num_layers, len(self._layers))
-        for index in range(self._next, end):
-            layer = self._layers[index]
-            layer.attention.add_to(
-                hidden, layer.input_norm(hidden), index, cos, sin, self._attention
-            )
-            layer.mlp.add_to(hidden, layer.mlp_norm(hidden))
-        self._next = end
+        for _ in range(min(num_parts, self._num_left)):
+            next(self._parts)
+            self._num_left -= 1
 
     @property
-    def layers_left(self) -> int:
+    def parts_left(self) -> int:
         """See ``ForwardPass``."""
-        return len(self._layers) - self._next
+        return self._num_left
 
     def hidden(self) -> Tensor:
         """See ``ForwardPass``."""
-        assert not self.layers_left
+        assert not self._num_left
         return self._norm(self._hidden)
+
+    def _all_parts(self) -> Iterator[None]:
+        """Computes a part, then pauses."""
+        for index, layer in enumerate(self._layers):
+            q, k, v = layer.attention.heads(layer.input_norm(self._hidden), *self._rotation)
+            if self._part_tokens is None:
+                _add(layer, self._hidden, self._attention(index, q, k, v))
+                yield
+                continue
+            attend = cast("SplitAttention", self._attention).split(index, q, k, v)
+            for begin in range(0, len(q), self._part_tokens):
+                end = min(begin + self._part_tokens, len(q))
+                _add(layer, self._hidden[begin:end], attend(begin, end))
+                yield
+
+
+def _add(layer: DecoderLayer, hidden: Tensor, attended: Tensor) -> None:
+    """What a layer does behind its attention, in place."""
+    layer.attention.output.add_to(hidden, attended)
+    layer.mlp.add_to(hidden, layer.mlp_norm(hidden))
 
 
 class Decoder:
@@ -86,12 +104,16 @@ class Decoder:
             config.rope, config.head_dim, config.max_position, weights.dtype, weights.device
         )
 
-    def begin(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> DecoderPass:
+    def begin(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attention: LayerAttention,
+        part_tokens: int | None = None,
+    ) -> DecoderPass:
         """See ``CausalLM.begin``."""
-        hidden = self._embedding(input_ids)
-        return DecoderPass(
-            self._layers, self._norm, hidden, self._rotary.lookup(positions), attention
-        )
+        hidden, rotation = self._embedding(input_ids), self._rotary.lookup(positions)
+        return DecoderPass(self._layers, self._norm, hidden, rotation, attention, part_tokens)
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> Tensor:
         """Hidden states ``[T, hidden]`` after the final norm; see ``CausalLM.forward``."""

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tca_kernels.fused import rms_norm, rotate
 from tca_kernels.linear import linear, linear_add, linear_silu_mul
-from tca_runtime.attention.base import LayerAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ class HeadNorm:
 
 @dataclass(frozen=True, slots=True)
 class SelfAttention:
-    """Query, key and value in one product, RoPE, attention, output projection."""
+    """Query, key and value in one product, RoPE, and the output projection."""
 
     qkv: Linear
     head_norm: HeadNorm | None
@@ -76,23 +75,15 @@ class SelfAttention:
     num_kv_heads: int
     head_dim: int
 
-    def add_to(
-        self,
-        residual: Tensor,
-        x: Tensor,
-        layer: int,
-        cos: Tensor,
-        sin: Tensor,
-        attention: LayerAttention,
-    ) -> None:
-        """Attend from normed ``x`` and add the result to ``residual``, both ``[T, hidden]``."""
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[T, Hq, D]``, keys and values ``[T, Hkv, D]`` of normed ``x [T, hidden]``."""
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         # Queries and keys are neighbours, so one rotation serves both.
         qk, v = heads.split((self.num_q_heads + self.num_kv_heads, self.num_kv_heads), 1)
         if self.head_norm is not None:
             qk = self.head_norm(qk)
         q, k = rotate(qk, cos, sin).split((self.num_q_heads, self.num_kv_heads), 1)
-        self.output.add_to(residual, attention(layer, q, k, v))
+        return q, k, v
 
 
 @dataclass(frozen=True, slots=True)

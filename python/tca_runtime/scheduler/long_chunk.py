@@ -11,41 +11,42 @@ from tca_runtime.scheduler.planner import PlannedChunk
 
 @dataclass(eq=False)
 class LongChunk:
-    """A prefill chunk of which a few layers run between two decode steps.
+    """A prefill chunk of which a few parts run between two decode steps.
 
     The queries of a chunk that selects belong together, because the last of them choose for all;
     far into a prompt, small chunks would read what is before them too often. A chunk's layers do
-    not belong together: K and V that a layer writes are read by the next chunk only.
+    not belong together: K and V that a layer writes are read by the next chunk only. Where the
+    backend can, a part is less than a layer: once it has selected, its tokens are independent.
 
-    How long a layer takes is learnt from those launched before: its chunk's size, how much it sees
+    How long a part takes is learnt from those launched before: its chunk's size, how much it sees
     and its selection all count. So the first one runs alone.
     """
 
     chunk: PlannedChunk
     step: BegunStep
-    _layer_seconds: float | None = None
+    _part_seconds: float | None = None
 
     def advance(self, spare: float) -> int:
-        """Launch about as many layers as ``spare`` seconds are enough for, at least one.
+        """Launch about as many parts as ``spare`` seconds are enough for, at least one.
 
         Returns
         -------
-        How many layers.
+        How many parts.
         """
-        before = self.step.layers_left
+        before = self.step.parts_left
         if spare == math.inf:
             count = before
         else:
-            count = 1 if self._layer_seconds is None else round(spare / self._layer_seconds)
+            count = 1 if self._part_seconds is None else round(spare / self._part_seconds)
         self.step.advance(max(1, count))
-        return before - self.step.layers_left
+        return before - self.step.parts_left
 
-    def note(self, num_layers: int, seconds: float) -> None:
-        """Take what so many layers took."""
-        measured = max(seconds / num_layers, 1e-6)
-        old = self._layer_seconds
-        self._layer_seconds = measured if old is None else (old + measured) / 2
+    def note(self, num_parts: int, seconds: float) -> None:
+        """Take what so many parts took."""
+        measured = max(seconds / num_parts, 1e-6)
+        old = self._part_seconds
+        self._part_seconds = measured if old is None else (old + measured) / 2
 
     @property
     def is_done(self) -> bool:
-        return not self.step.layers_left
+        return not self.step.parts_left

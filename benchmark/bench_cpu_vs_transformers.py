@@ -58,7 +58,7 @@ CASES = (
 
 
 # Name of a transformers side -> what is added to its environment.
-BASELINES = {"as it comes": {}, "short spin": {"GOMP_SPINCOUNT": "100000"}}
+BASELINES = {"as it comes": {}, "short spin": {"GOMP_SPINCOUNT": "2000"}}
 
 
 @dataclass(frozen=True)

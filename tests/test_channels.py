@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tca_runtime import channels
-from tca_runtime.channels import MessageTooLarge, Receiver, Sender, UnreadableMessage
+from tca_runtime.channels import (
+    AsyncReceiver,
+    MessageTooLarge,
+    Receiver,
+    Sender,
+    UnreadableMessage,
+)
 from tca_runtime.messages import (
     AbortRequest,
     Control,
@@ -137,3 +144,36 @@ def test_oversized_message_is_refused_by_both_ends(
     sender.send(AbortRequest(rid="good"))
     assert list(receiver.drain(5000)) == [AbortRequest(rid="good")]
     assert list(receiver.drain(200)) == []
+
+
+def test_async_receiver_takes_bursts_and_single_messages_in_order(
+    context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
+) -> None:
+    address = f"ipc://{tmp_path}/asynchronous"
+    names = [str(i) for i in range(300)]
+
+    async def receive_all() -> list[str]:
+        receiver: AsyncReceiver[ToScheduler] = AsyncReceiver(context, address, ToScheduler)
+        sender: Sender[ToScheduler] = Sender(context, address)
+        for name in names[:100]:
+            sender.send(AbortRequest(rid=name))
+        with pytest.raises(TimeoutError):
+            # A wait that is given up loses nothing.
+            await asyncio.wait_for(_names(receiver, 101), 0.3)
+        received = []
+        for name in names[100:200]:
+            sender.send(AbortRequest(rid=name))
+            received += await _names(receiver, 1)
+        for name in names[200:]:
+            sender.send(AbortRequest(rid=name))
+        received += await _names(receiver, 100)
+        receiver.close()
+        sender.close()
+        return received
+
+    assert asyncio.run(receive_all()) == names[100:]
+
+
+async def _names(receiver: AsyncReceiver[ToScheduler], count: int) -> list[str]:
+    messages = [await receiver.receive() for _ in range(count)]
+    return [m.rid for m in messages if isinstance(m, AbortRequest)]

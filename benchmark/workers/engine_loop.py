@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 # As the launcher sets it for its scheduler; it counts only before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np
 from numpy.typing import ArrayLike

@@ -6,14 +6,15 @@ A message that cannot be read ends neither process: the receiver says what is kn
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 M = TypeVar("M")
 
@@ -124,11 +125,18 @@ class Receiver(Generic[M]):
 
 
 class AsyncReceiver(Generic[M]):
-    """Receiving end for asyncio."""
+    """Receiving end for asyncio, for one task.
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, union: Any) -> None:
+    The event loop watches the socket's descriptor itself: ``zmq.asyncio`` takes several callbacks
+    and futures for each message, on a core that the engine wants too.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, union: Any) -> None:
         self._socket = _bound(context, address)
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(union)
+        self._arrived: deque[bytes] = deque()
+        self._waiting: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def receive(self) -> M:
         """The next message.
@@ -138,10 +146,26 @@ class AsyncReceiver(Generic[M]):
         UnreadableMessage
             If it cannot be decoded; the one after it can be received.
         """
-        return _decode(self._decoder, await self._socket.recv())
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._socket.fileno(), self._take)
+            self._take()
+        while not self._arrived:
+            self._waiting = self._loop.create_future()
+            await self._waiting
+        return _decode(self._decoder, self._arrived.popleft())
 
     def close(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket.fileno())
         self._socket.close(linger=0)
+
+    def _take(self) -> None:
+        # The descriptor tells of changes only: whatever has arrived must be taken.
+        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            self._arrived.append(self._socket.recv(zmq.NOBLOCK))
+        if self._arrived and self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 def _bound(context: Any, address: str) -> Any:

@@ -43,9 +43,10 @@ FLUSH_SECONDS = 5
 
 # Read by the scheduler process when it loads its libraries.
 SCHEDULER_ENVIRONMENT = {
-    # OpenMP threads spin at a barrier for well under a time slice. Longer, and they keep the
-    # tokenizer process off its core; not at all, and decoding on the CPU takes twice as long.
-    "GOMP_SPINCOUNT": "100000",
+    # OpenMP threads spin at a barrier for some fifty microseconds, about what the next operator
+    # takes to come. Longer, and they keep the tokenizer process off its core, which then takes
+    # the one that computes: a stream slows decoding down by several times what its messages cost.
+    "GOMP_SPINCOUNT": "2000",
     # Keep freed activations instead of returning them to the system: faulting them in anew costs
     # a fifth of a prefill on the CPU.
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-import zmq.asyncio
 
 from tca_runtime.channels import AsyncReceiver, Sender, UnreadableMessage
 from tca_runtime.config import RuntimeConfig
@@ -84,7 +83,7 @@ class Supervisor:
     def __init__(self, config: RuntimeConfig, directory: Path) -> None:
         self._config = config
         self._directory = directory
-        self._context = zmq.asyncio.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._budget = RestartBudget(config.faults.max_restarts)
         self._process: BaseProcess | None = None
         self._num_lives = 0
@@ -115,7 +114,7 @@ class Supervisor:
             inbox.close()
             self.end()
             raise
-        outbox: Sender[ToScheduler] = Sender(zmq.Context.shadow(self._context), addresses.scheduler)
+        outbox: Sender[ToScheduler] = Sender(self._context, addresses.scheduler)
         return Life(process, inbox, outbox, {**info, "num_restarts": self.num_restarts})
 
     async def run(self, life: Life, manager: TokenizerManager) -> None:

@@ -16,7 +16,6 @@ import requests
 import uvicorn
 import uvloop
 import zmq
-import zmq.asyncio
 from transformers import PreTrainedTokenizerFast
 
 from tca_runtime.channels import AsyncReceiver, Sender
@@ -84,9 +83,9 @@ def running_server(
         started: list[tuple[TokenizerManager, uvicorn.Server, int]] = []
 
         async def serve() -> None:
-            context = zmq.asyncio.Context()
+            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             inbox: AsyncReceiver[ToTokenizer] = AsyncReceiver(context, to_tokenizer, ToTokenizer)
-            outbox: Sender[ToScheduler] = Sender(zmq.Context.shadow(context), to_scheduler)
+            outbox: Sender[ToScheduler] = Sender(context, to_scheduler)
             manager = TokenizerManager(config, tokenizer, outbox, inbox, info, heartbeat_timeout)
             # Without the protocol asyncio does not recognise TCP and leaves Nagle's delays on.
             listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

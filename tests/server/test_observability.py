@@ -15,7 +15,7 @@ from tca_runtime.cache.manager import CacheUsage
 from tca_runtime.config import ServerArgs
 from tca_runtime.logs import JsonFormatter, TextFormatter, configure_logging
 from tca_runtime.server.loads import SECTIONS
-from tca_runtime.server.metrics import STAGES
+from tca_runtime.server.metrics import STAGES, TokenGaps
 from tca_runtime.server.replies import Load
 from tests.server.fake_scheduler import STATE
 from tests.server.harness import MODEL, Server, eventually, running_server
@@ -91,6 +91,20 @@ def test_the_caches_counters_are_the_schedulers(used_server: Server) -> None:
         assert total(found, f"tca:kv_cache_{name}") == value
     assert total(found, "sglang:num_retracted_requests_total") == STATE["num_retractions"]
     assert total(found, "tca:step_seconds_total") == STATE["step_seconds_total"]
+
+
+def test_tokens_told_together_share_the_time_they_took() -> None:
+    gaps = TokenGaps()
+    gaps.observe(0.025, 3)
+    gaps.observe(400.0, 2)
+    values = {
+        (s.name[len(gaps.collect(MODEL).name) :], s.labels.get("le")): s.value
+        for s in gaps.collect(MODEL).samples
+    }
+    assert values["_bucket", "0.01"] == 0
+    assert values["_bucket", "0.025"] == values["_bucket", "300.0"] == 3
+    assert values["_bucket", "+Inf"] == values["_count", None] == 5
+    assert values["_sum", None] == pytest.approx(800.075)
 
 
 def test_selection_and_phases_are_counted_per_request(used_server: Server) -> None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import accumulate
+from math import inf
 from time import perf_counter
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.utils import floatToGoString
 
 from tca_runtime.server.loads import load_figures
 from tca_runtime.tokenizer.manager import TokenizerManager
@@ -37,6 +46,27 @@ _COUNTERS = {
 }
 
 
+class TokenGaps:
+    """A histogram of the times between tokens, which takes many equal ones at once."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_SECONDS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float, count: int) -> None:
+        self._counts[bisect_left(_SECONDS, seconds)] += count
+        self._sum += seconds * count
+
+    def collect(self, model: str) -> Metric:
+        family = HistogramMetricFamily(
+            "sglang:inter_token_latency_seconds", "between two tokens", labels=["model_name"]
+        )
+        bounds = map(floatToGoString, (*_SECONDS, inf))
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        family.add_metric([model], buckets, self._sum)
+        return family
+
+
 class Metrics:
     """Counts what the manager reports and shows what the scheduler's heartbeats say."""
 
@@ -50,7 +80,7 @@ class Metrics:
         self._cached_tokens = self._counter("sglang:cached_tokens", "prompt tokens from the cache")
         self._generation_tokens = self._counter("sglang:generation_tokens", "generated tokens")
         self._ttft = self._histogram("sglang:time_to_first_token_seconds", "until the first token")
-        self._itl = self._histogram("sglang:inter_token_latency_seconds", "between two tokens")
+        self._itl = TokenGaps()
         self._e2e = self._histogram("sglang:e2e_request_latency_seconds", "until the end")
         self._queue = self._histogram("sglang:queue_time_seconds", "waiting for admission")
         self._kept = self._histogram("tca:kept_ratio", "of the prompt, in the view", _RATIOS)
@@ -83,8 +113,7 @@ class Metrics:
                 self._ttft.observe(now - state.request.arrived)
             else:
                 # Tokens that were told together came at the same pace.
-                for _ in range(new_tokens):
-                    self._itl.observe((now - last) / new_tokens)
+                self._itl.observe((now - last) / new_tokens, new_tokens)
             self._last_token[state.wire_id] = now
             self._generation_tokens.inc(new_tokens)
         if state.finish is not None:
@@ -117,7 +146,8 @@ class Metrics:
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Figures of the latest heartbeat; the registry calls this when it is rendered."""
+        """The registry calls this when it is rendered; most are the latest heartbeat's figures."""
+        yield self._itl.collect(self._manager.served_model_name)
         state = self._manager.scheduler_state
         load = load_figures(state)
         for name, (metric, text) in _GAUGES.items():

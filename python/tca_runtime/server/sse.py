@@ -35,17 +35,30 @@ async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
     ClientGone
         If the client was faster.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    task = asyncio.current_task()
+    assert task is not None
+    working, lost = True, False
+
+    def on_gone(watcher: asyncio.Task[None]) -> None:
+        nonlocal lost
+        if working and not watcher.cancelled():
+            lost = True
+            task.cancel()
+
+    # The work stays in this task: one of its own would cost two switches more.
+    watcher = asyncio.create_task(_disconnected(receive))
+    watcher.add_done_callback(on_gone)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if lost and task.cancelling() == 1:
+            raise ClientGone from None
+        raise
     finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        working = False
+        if lost:
+            task.uncancel()
+        watcher.cancel()
 
 
 async def stream_reply(request: Request, events: AsyncGenerator[bytes, None]) -> Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -82,6 +83,11 @@ class Detokenizer:
         if token_id in self._skipped:
             return ""
         return self._utf8.decode(self._table.bytes_of(token_id))
+
+    def feed_all(self, token_ids: Sequence[int]) -> str:
+        """What ``feed`` would return for all of them together."""
+        bytes_of, skipped = self._table.bytes_of, self._skipped
+        return self._utf8.decode(b"".join(bytes_of(t) for t in token_ids if t not in skipped))
 
     def flush(self) -> str:
         """The end of the output: an unfinished character becomes U+FFFD."""

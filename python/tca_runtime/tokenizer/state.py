@@ -135,10 +135,16 @@ class RequestState:
         stop_token = _stop_token(output)
         before = len(self.output_ids)
         last = len(output.token_ids) - 1
-        for i, token_id in enumerate(output.token_ids):
-            pieces.append(self._accept(token_id, is_stop=i == last and token_id == stop_token))
-            if self.finish is not None:
-                break
+        if self._stops.is_empty and stop_token is None:
+            # Nothing can end the text between two of them.
+            self.output_ids += output.token_ids
+            self.text_tokens += len(output.token_ids)
+            pieces.append(self._detokenizer.feed_all(output.token_ids))
+        else:
+            for i, token_id in enumerate(output.token_ids):
+                pieces.append(self._accept(token_id, is_stop=i == last and token_id == stop_token))
+                if self.finish is not None:
+                    break
         if self.finish is None and output.finish is not None:
             pieces.append(self._end(output.finish))
         self.text += "".join(pieces)

@@ -119,6 +119,11 @@ class StopChecker:
         self._released = 0
         self.matched: str | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to watch for."""
+        return not self._stops
+
     def feed(self, piece: str, armed: bool = True) -> str:
         """Add text and return what is now certain to be output.
 

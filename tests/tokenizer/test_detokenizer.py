@@ -50,7 +50,8 @@ def test_byte_level_round_trip_never_shows_half_a_character(text: str) -> None:
 
 @given(TEXTS)
 def test_sentencepiece_equals_whole_decode(text: str) -> None:
-    assume(not any(token in text for token in sentencepiece().all_special_tokens))
+    # Names of special tokens are read as such, and a piece writes its space as this character.
+    assume(not any(name in text for name in (*sentencepiece().all_special_tokens, "\u2581")))
     ids = sentencepiece().encode(text, add_special_tokens=False)
     whole, _ = decode(PIECE_TABLE, ids, False)
     # The whole decode drops the space that the normaliser put before the text.

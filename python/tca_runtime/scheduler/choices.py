@@ -9,6 +9,7 @@ import torch
 
 from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.config import RuntimeConfig
+from tca_runtime.scheduler.repetition import repeats
 
 if TYPE_CHECKING:
     from tca_runtime.engine.engine import Engine
@@ -67,6 +68,14 @@ def choices(config: RuntimeConfig, engine: Engine) -> dict[str, tuple[str, str]]
         "retention": (
             config.sparsity.tca_retention if engine.sparsity else "everything stays",
             "--tca-retention" if engine.sparsity else "nothing is selected",
+        ),
+        "repetition": (
+            "cold prefixes, when idle" if repeats(config.sparsity, engine) else "off",
+            _by_flag(
+                "--tca-repetition",
+                config.sparsity.tca_repetition,
+                "on a GPU without a host tier, where prefixes are pruned",
+            ),
         ),
     }
 

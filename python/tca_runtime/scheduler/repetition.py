@@ -132,13 +132,17 @@ def create_repetition(
     args: SparsityArgs, engine: Engine, encode: Callable[[str], list[int]], context_length: int
 ) -> Repetition | None:
     """What ``--tca-repetition`` asks for; None where nothing is ever repeated."""
-    wanted = args.tca_repetition == "on"
+    return Repetition(engine, encode(PROMPT), context_length) if repeats(args, engine) else None
+
+
+def repeats(args: SparsityArgs, engine: Engine) -> bool:
+    """Whether a server with these settings repeats cold prefixes."""
+    if engine.sparsity is None or args.tca_retention != "on-pressure":
+        return False
     if args.tca_repetition == "auto":
         # With a host tier nothing is lost; on a CPU, computing a text twice is too dear a guess.
-        wanted = engine.device.type == "cuda" and engine.cache.reclaimer.host is None
-    if not wanted or engine.sparsity is None or args.tca_retention != "on-pressure":
-        return None
-    return Repetition(engine, encode(PROMPT), context_length)
+        return engine.device.type == "cuda" and engine.cache.reclaimer.host is None
+    return args.tca_repetition == "on"
 
 
 def _is_whole(path: Sequence[RadixNode]) -> bool:

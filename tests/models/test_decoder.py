@@ -10,7 +10,7 @@ import torch
 
 from tca_runtime.config import ModelArgs
 from tca_runtime.models.loader import load_model
-from tests.models.checkpoints import logits_of, random_ids, random_model, save
+from tests.models.checkpoints import PlainAttention, logits_of, random_ids, random_model, save
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -89,3 +89,16 @@ def test_fingerprint_depends_on_the_weights(tmp_path: Path) -> None:
         reference.model.norm.weight[0] += 1.0
     save(reference, tmp_path)
     assert load_model(args).model.fingerprint() != before
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("wanted", [[], [4], [0, 7, 8]])
+def test_states_of_some_tokens_are_those_of_all(tmp_path: Path, wanted: list[int]) -> None:
+    path = save(random_model("llama"), tmp_path)
+    model = load_model(ModelArgs(model_path=str(path), device="cpu", dtype="float32")).model
+    ids = random_ids(9)
+    positions, places = torch.arange(9), torch.tensor(wanted, dtype=torch.int64)
+    whole = model.forward(ids, positions, PlainAttention())
+    some = model.begin(ids, positions, PlainAttention(), wanted=places)
+    some.advance(some.parts_left)
+    torch.testing.assert_close(some.hidden(), whole[places])

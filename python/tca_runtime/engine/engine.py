@@ -223,8 +223,9 @@ class Engine:
         if ids:
             tokens = torch.cat([tokens, self._upload(np.concatenate(ids))])
         attention = self.backend.begin(self._attention_step(step, indices, chunks, selection))
-        where = self._upload(np.concatenate(positions))
-        return self.model.begin(tokens, where, attention, part_tokens)
+        where, wanted = self._upload(np.concatenate(positions)), _wanted(step)
+        rows = None if wanted is None else self._indices(wanted)
+        return self.model.begin(tokens, where, attention, part_tokens, rows)
 
     def _attention_step(
         self,
@@ -259,3 +260,16 @@ class Engine:
 
     def _upload(self, array: NDArray[np.int64]) -> Tensor:
         return upload(torch.from_numpy(array), self.device)
+
+
+def _wanted(step: StepInput) -> list[int] | None:
+    """Places on the step's token axis whose hidden states are used, in order; None for all."""
+    if any(c.prompt_targets is not None and c.logprobs is not None for c in step.chunks):
+        return None
+    places = list(range(len(step.decode)))
+    end = len(step.decode)
+    for chunk in step.chunks:
+        end += len(chunk.tokens)
+        if chunk.sampling is not None:
+            places.append(end - 1)
+    return places if len(places) < end else None

@@ -25,7 +25,7 @@ class ForwardPass(Protocol):
         ...
 
     def hidden(self) -> Tensor:
-        """Hidden states ``[T, hidden]`` after all parts and the final norm."""
+        """Hidden states ``[T, hidden]`` after all parts and the final norm; of ``wanted`` only."""
         ...
 
 
@@ -38,11 +38,16 @@ class CausalLM(Protocol):
         positions: Tensor,
         attention: LayerAttention,
         part_tokens: int | None = None,
+        wanted: Tensor | None = None,
     ) -> ForwardPass:
         """Prepare ``forward``, to be run part by part.
 
-        With ``part_tokens`` a part is a layer's work for so many tokens; ``attention`` is a
-        ``SplitAttention`` then.
+        Parameters
+        ----------
+        part_tokens : a part is a layer's work for so many tokens; ``attention`` is a
+            ``SplitAttention`` then
+        wanted : int64 ``[N]``, the tokens whose hidden states are asked for, all if None; behind
+            the last attention nothing is computed for the others
         """
         ...
 

@@ -34,6 +34,7 @@ class DecoderPass:
         rotation: tuple[Tensor, Tensor],
         attention: LayerAttention,
         part_tokens: int | None = None,
+        wanted: Tensor | None = None,
     ) -> None:
         self._layers = layers
         self._norm = norm
@@ -41,6 +42,7 @@ class DecoderPass:
         self._rotation = rotation
         self._attention = attention
         self._part_tokens = part_tokens
+        self._wanted = wanted
         self._parts = self._all_parts()
         self._num_left = len(layers) * (-(-len(hidden) // part_tokens) if part_tokens else 1)
 
@@ -58,14 +60,20 @@ class DecoderPass:
     def hidden(self) -> Tensor:
         """See ``ForwardPass``."""
         assert not self._num_left
-        return self._norm(self._hidden)
+        hidden = self._hidden
+        if self._wanted is not None and self._part_tokens is not None:
+            hidden = hidden[self._wanted]
+        return self._norm(hidden) if len(hidden) else hidden
 
     def _all_parts(self) -> Iterator[None]:
         """Computes a part, then pauses."""
         for index, layer in enumerate(self._layers):
             q, k, v = layer.attention.heads(layer.input_norm(self._hidden), *self._rotation)
             if self._part_tokens is None:
-                _add(layer, self._hidden, self._attention(index, q, k, v))
+                attended = self._attention(index, q, k, v)
+                if self._wanted is not None and index == len(self._layers) - 1:
+                    self._hidden, attended = self._hidden[self._wanted], attended[self._wanted]
+                _add(layer, self._hidden, attended)
                 yield
                 continue
             attend = cast("SplitAttention", self._attention).split(index, q, k, v)
@@ -77,6 +85,8 @@ class DecoderPass:
 
 def _add(layer: DecoderLayer, hidden: Tensor, attended: Tensor) -> None:
     """What a layer does behind its attention, in place."""
+    if not len(hidden):
+        return
     layer.attention.output.add_to(hidden, attended)
     layer.mlp.add_to(hidden, layer.mlp_norm(hidden))
 
@@ -110,10 +120,13 @@ class Decoder:
         positions: Tensor,
         attention: LayerAttention,
         part_tokens: int | None = None,
+        wanted: Tensor | None = None,
     ) -> DecoderPass:
         """See ``CausalLM.begin``."""
         hidden, rotation = self._embedding(input_ids), self._rotary.lookup(positions)
-        return DecoderPass(self._layers, self._norm, hidden, rotation, attention, part_tokens)
+        return DecoderPass(
+            self._layers, self._norm, hidden, rotation, attention, part_tokens, wanted
+        )
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> Tensor:
         """Hidden states ``[T, hidden]`` after the final norm; see ``CausalLM.forward``."""

@@ -36,6 +36,7 @@ from benchmark.serving.metrics import RequestResult
 from benchmark.serving.workloads import random_text
 from benchmark.workers.pipe import Worker, running_worker
 from tca_runtime.fetch_model import resolve
+from tca_runtime.launch_server import SCHEDULER_ENVIRONMENT
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ CASES = (
 
 
 # Name of a transformers side -> what is added to its environment.
-BASELINES = {"as it comes": {}, "short spin": {"GOMP_SPINCOUNT": "2000"}}
+SPIN = "GOMP_SPINCOUNT"
+BASELINES = {"as it comes": {}, "short spin": {SPIN: SCHEDULER_ENVIRONMENT[SPIN]}}
 
 
 @dataclass(frozen=True)

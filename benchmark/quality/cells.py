@@ -64,23 +64,26 @@ class Cell:
 
 @dataclass
 class _Answers:
-    """What one configuration answered, the latest answer to every question.
+    """What one configuration answered.
 
     Attributes
     ----------
-    run_of : of the latest answers
+    run_of : the latest run that has an answer to a question
     in_run : all answers, by run and question
     """
 
-    latest: dict[Question, Record] = field(default_factory=dict)
     run_of: dict[Question, int] = field(default_factory=dict)
     in_run: dict[tuple[int, Question], Record] = field(default_factory=dict)
 
     def add(self, run: int, record: Record) -> None:
         question = record["sample"], record.get("turn", 0)
-        self.latest[question] = record
         self.run_of[question] = run
         self.in_run[run, question] = record
+
+    @property
+    def latest(self) -> dict[Question, Record]:
+        """The latest answer to every question."""
+        return {question: self.in_run[run, question] for question, run in self.run_of.items()}
 
     def beside(self, other: _Answers) -> dict[Question, Record]:
         """Answers to the questions of ``other``, of the same run where there are any.
@@ -88,9 +91,9 @@ class _Answers:
         Two GPUs round differently, and so may one with other prompts in the batch.
         """
         found = {}
-        for question in other.latest.keys() & self.latest.keys():
+        for question in other.run_of.keys() & self.run_of.keys():
             same = self.in_run.get((other.run_of[question], question))
-            found[question] = same or self.latest[question]
+            found[question] = same or self.in_run[self.run_of[question], question]
         return found
 
 

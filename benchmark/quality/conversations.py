@@ -65,7 +65,6 @@ MODES = {
     "core-shared": Mode("turns", "on-pressure", core="shared", shrink=True),
     "rebuilt": Mode("turns", "on-pressure", shrink=True, rebuild=256),
     "rebuilt-shared": Mode("turns", "on-pressure", core="shared", shrink=True, rebuild=256),
-    "rebuilt-finely": Mode("turns", "on-pressure", core="shared", shrink=True, rebuild=64),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tca_runtime.engine import engine as engine_module
+from tca_runtime.attention.cpu_backend import CpuBackend
 from tca_runtime.messages import (
     AbortRequest,
     Control,
@@ -308,7 +308,7 @@ def beside_a_stream(overlap: bool) -> tuple[Server, list[list[int]]]:
 def test_layers_between_steps_compute_what_one_step_does(
     monkeypatch: pytest.MonkeyPatch, part_tokens: int
 ) -> None:
-    monkeypatch.setattr(engine_module, "PART_TOKENS", part_tokens)
+    monkeypatch.setattr(CpuBackend, "part_tokens", part_tokens)
     monkeypatch.setattr(
         PrefillPace, "budget", lambda self, decoding, prompts: 32 if decoding else 256
     )

@@ -210,12 +210,13 @@ class AttentionBackend(ABC):
     Attributes
     ----------
     batches_selections : whether it takes ``AttentionStep.choose_views``
-    splits_chunks : whether ``begin`` gives a ``SplitAttention``
+    part_tokens : for so many tokens at once a long chunk's layer is computed where other steps run
+        in between; ``begin`` gives a ``SplitAttention`` then. None for all of them
     before_layer : called with a layer's number before anything is read of its slots
     """
 
     batches_selections = False
-    splits_chunks = False
+    part_tokens: int | None = None
 
     def __init__(self, shape: AttentionShape, kv: Tensor) -> None:
         """``kv``: the slot pool's storage, ``[num_slots, 2, D]``."""

@@ -42,7 +42,8 @@ class CpuBackend(AttentionBackend):
     later processes load them from numba's cache.
     """
 
-    splits_chunks = True
+    # Enough for products as fast as a whole chunk's, few enough to end soon.
+    part_tokens = 512
 
     def __init__(self, shape: AttentionShape, kv: Tensor) -> None:
         super().__init__(shape, kv)

@@ -32,10 +32,6 @@ from tca_runtime.sparsity.settings import ModelIdentity, SparsitySettings
 
 logger = logging.getLogger(__name__)
 
-# Tokens for which a long chunk does a layer's work at once, where other steps run in between:
-# enough for products as fast as a whole chunk's, few enough to end soon.
-PART_TOKENS = 512
-
 
 class Engine:
     """Runs forward passes. Knows sequences and tokens, but no requests and no policy.
@@ -135,7 +131,7 @@ class Engine:
         What it writes and reads must stay as it is until the step has ended.
         """
         alone = len(step.chunks) == 1 and not step.decode
-        return self._begin(step, PART_TOKENS if alone and self.backend.splits_chunks else None)
+        return self._begin(step, self.backend.part_tokens if alone else None)
 
     def _begin(self, step: StepInput, part_tokens: int | None = None) -> StartedStep:
         work = [self._selection(chunk) for chunk in step.chunks]
@@ -266,10 +262,6 @@ def _wanted(step: StepInput) -> list[int] | None:
     """Places on the step's token axis whose hidden states are used, in order; None for all."""
     if any(c.prompt_targets is not None and c.logprobs is not None for c in step.chunks):
         return None
-    places = list(range(len(step.decode)))
-    end = len(step.decode)
-    for chunk in step.chunks:
-        end += len(chunk.tokens)
-        if chunk.sampling is not None:
-            places.append(end - 1)
-    return places if len(places) < end else None
+    places = step.sampling_places
+    num_tokens = len(step.decode) + sum(len(chunk.tokens) for chunk in step.chunks)
+    return places if len(places) < num_tokens else None

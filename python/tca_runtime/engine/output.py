@@ -70,7 +70,6 @@ class LaunchedStep:
         self._rows: list[RowSampling] = [d.sampling for d in step.decode]
         self._wishes: list[LogprobWish | None] = [d.logprobs for d in step.decode]
         views = [d.sequence.view.index for d in step.decode]
-        positions = list(range(len(step.decode)))
         self._prompts: list[list[PendingLogprobs]] = []
         begin = len(step.decode)
         for chunk in step.chunks:
@@ -81,9 +80,8 @@ class LaunchedStep:
                 self._rows.append(chunk.sampling)
                 self._wishes.append(chunk.logprobs)
                 views.append(chunk.sequence.view.index)
-                positions.append(begin - 1)
-        if len(positions) < len(hidden):
-            hidden = hidden[upload_ints(positions, hidden.device)]
+        if len(views) < len(hidden):
+            hidden = hidden[upload_ints(step.sampling_places, hidden.device)]
         self._places = upload_ints(views, hidden.device) if places is None else places
         self._hidden: Tensor | None = hidden
         if not any(row.matcher for row in self._rows):

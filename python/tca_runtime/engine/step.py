@@ -67,6 +67,17 @@ class StepInput:
     decode: Many[DecodeInput]
     chunks: Many[ChunkInput]
 
+    @property
+    def sampling_places(self) -> list[int]:
+        """Where on the step's token axis the next tokens are drawn, in input order."""
+        places = list(range(len(self.decode)))
+        end = len(self.decode)
+        for chunk in self.chunks:
+            end += len(chunk.tokens)
+            if chunk.sampling is not None:
+                places.append(end - 1)
+        return places
+
 
 @dataclass(frozen=True)
 class PositionLogprobs:

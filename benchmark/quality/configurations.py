@@ -151,7 +151,8 @@ class Configuration:
     @property
     def prefill_key(self) -> str:
         """Equal for configurations whose prompts have the same K and V: they share prefixes."""
-        if self.policy == "full" or (self.prefill in (None, 1.0) and self.calibration is None):
+        prefill = 1.0 if self.prefill is None and self.calibration is None else self.prefill
+        if self.policy == "full" or prefill == 1.0:
             return "dense"
         views = {"decode": None, "kept": None, "max_dropped_mass": None}
         return repr(

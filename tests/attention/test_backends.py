@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tca_runtime.attention import create_backend
 from tca_runtime.attention.cpu_backend import CpuAttention
+from tca_runtime.attention.triton_backend import TritonBackend
 from tests.attention.steps import LAYERS, Case, Request, dense, even, make_case, make_shape, run
 
 GEOMETRIES = [(1, 64), (3, 64), (7, 64), (3, 128)]
@@ -68,6 +70,20 @@ def test_decode_and_several_chunks_in_one_step(name: str, dtype: torch.dtype) ->
     chunks = [Request(even(0), 64), Request(RAGGED[1], 7), Request(even(33), 130)]
     case = make_case(make_shape(3, 64, dtype=dtype), RAGGED, chunks)
     check(name, case, tolerance=1e-5 if dtype is torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu", "triton"])
+def test_keys_and_values_are_stored_without_queries(name: str) -> None:
+    """A last layer that nobody reads."""
+    case = make_case(make_shape(3, 64), [], [Request(RAGGED[0], 9), Request(even(0), 64)])
+    _, pool = dense(case)
+    kv = case.kv.clone()
+    # Triton's backend runs its kernels' references on a CPU.
+    make = TritonBackend if name == "triton" else partial(create_backend, name)
+    attend = make(case.shape, kv).begin(case.step)
+    for layer, (q, k, v) in enumerate(case.inputs):
+        assert attend(layer, q[:0], k, v).shape == (0, q[0].numel())
+    assert torch.equal(kv, pool)
 
 
 @pytest.mark.parametrize("name", ["torch", "cpu"])

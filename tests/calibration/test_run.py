@@ -50,6 +50,7 @@ def options(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Options:
         goals=(Goal(0.6), Goal(0.95)),
         samples=3,
         length=LENGTH,
+        window=512,
         seed=1,
         resume=False,
     )
@@ -88,6 +89,17 @@ def test_server_loads_the_file(written: list[Path], found: CalibrationFile) -> N
     np.testing.assert_allclose(settings.decode.keep_ratio, found.decode.keep_ratio, atol=1e-5)
     np.testing.assert_allclose(settings.prefill.keep_ratio, found.prefill.keep_ratio, atol=1e-5)
     assert (settings.block, settings.window, settings.probes) == (64, 512, 32)
+
+
+def test_a_smaller_window_must_keep_more_of_the_rest(
+    options: Options, found: CalibrationFile, tmp_path: Path
+) -> None:
+    path = tmp_path / "narrow.json"
+    calibrate(replace(options, window=64, goals=options.goals[1:], output=path))
+    narrow = CalibrationFile.load(path)
+    settings = load_settings(SparsityArgs(tca_config=str(path)), identity_of(narrow), "tiny")
+    assert settings is not None and settings.window == 64
+    assert np.mean(narrow.decode.keep_ratio) > np.mean(found.decode.keep_ratio)
 
 
 def test_held_out_figures_are_of_the_last_samples(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,22 @@ def save(model: PreTrainedModel, directory: Path, **options: Any) -> Path:
 
 
 class PlainAttention:
-    """Causal attention over contiguous keys and values, kept from call to call."""
+    """Causal attention over contiguous keys and values, kept from call to call.
+
+    ``num_queries`` has one entry per call.
+    """
 
     def __init__(self) -> None:
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
+        self.num_queries: list[int] = []
+
+    def split(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int, int], Tensor]:
+        out = self(layer, q, k, v)
+        return lambda begin, end: out[begin:end]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.num_queries.append(len(q))
         if layer in self._keys:
             k = torch.cat((self._keys[layer], k))
             v = torch.cat((self._values[layer], v))
@@ -73,7 +83,7 @@ class PlainAttention:
         seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
         heads = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = F.scaled_dot_product_attention(*heads, attn_mask=seen, enable_gqa=True)
-        return out[0].transpose(0, 1).reshape(len(q), -1)
+        return out[0].transpose(0, 1).flatten(1)
 
 
 @torch.inference_mode()

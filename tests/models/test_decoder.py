@@ -102,3 +102,21 @@ def test_states_of_some_tokens_are_those_of_all(tmp_path: Path, wanted: list[int
     some = model.begin(ids, positions, PlainAttention(), wanted=places)
     some.advance(some.parts_left)
     torch.testing.assert_close(some.hidden(), whole[places])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("part_tokens", [None, 4])
+def test_the_last_layer_only_stores_where_no_state_is_wanted(
+    tmp_path: Path, part_tokens: int | None
+) -> None:
+    path = save(random_model("llama"), tmp_path)
+    model = load_model(ModelArgs(model_path=str(path), device="cpu", dtype="float32")).model
+    ids, positions = random_ids(14), torch.arange(14)
+    whole = model.forward(ids, positions, PlainAttention())
+    attention = PlainAttention()
+    nothing = torch.tensor([], dtype=torch.int64)
+    chunk = model.begin(ids[:9], positions[:9], attention, part_tokens, wanted=nothing)
+    chunk.advance(chunk.parts_left)
+    assert len(chunk.hidden()) == 0
+    assert attention.num_queries == [9, 9, 0]
+    torch.testing.assert_close(model.forward(ids[9:], positions[9:], attention), whole[9:])

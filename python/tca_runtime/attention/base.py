@@ -22,12 +22,13 @@ class LayerAttention(Protocol):
 
         Parameters
         ----------
-        q : ``[T, Hq, D]``, after RoPE
+        q : ``[T, Hq, D]``, after RoPE; ``[0, Hq, D]`` where nobody reads what the layer returns:
+            keys and values are stored, nothing is selected or attended to
         k, v : ``[T, Hkv, D]``, ``k`` after RoPE
 
         Returns
         -------
-        ``[T, Hq * D]`` in the dtype of ``q``.
+        ``[T, Hq * D]`` in the dtype of ``q``, for as many tokens as ``q`` has.
         """
         ...
 

@@ -145,6 +145,8 @@ class CpuAttention:
         """See ``LayerAttention``."""
         self.write(layer, k, v)
         out = torch.empty(q.shape, dtype=q.dtype)
+        if not len(q):
+            return out.flatten(1)
         if self.decode is not None:
             self.decode(layer, q, out)
         for index, (tokens, _) in enumerate(self.prefill):

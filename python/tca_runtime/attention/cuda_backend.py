@@ -142,6 +142,8 @@ class CudaBackend(AttentionBackend):
             self.before_layer(layer)
             write_kv(k, v, self.kv, new_slots[layer])
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            if not len(q):
+                return out.flatten(1)
             if decode is not None:
                 decode_attention(
                     q[:num_decode],

@@ -22,7 +22,7 @@ from tca_runtime.config import (
 from tca_runtime.engine.engine import Engine
 from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.policies.tca import TCAPolicy
-from tca_runtime.sparsity.settings import ModelIdentity, SparsitySettings
+from tca_runtime.sparsity.settings import DEFAULT_WINDOW, ModelIdentity, SparsitySettings
 
 # Tokens of a sample that share a prefill view. Samples must be longer: the first has no past.
 CHUNK = 2048
@@ -35,8 +35,8 @@ class CalibrationError(ValueError):
 class Calibrator:
     """A loaded model and the means to measure it."""
 
-    def __init__(self, model: ModelArgs, length: int) -> None:
-        """``length``: tokens of the longest sample."""
+    def __init__(self, model: ModelArgs, length: int, window: int = DEFAULT_WINDOW) -> None:
+        """``length``: tokens of the longest sample; ``window``: the latest, kept by every head."""
         self.engine = Engine(
             RuntimeConfig(
                 model=model,
@@ -50,7 +50,9 @@ class Calibrator:
             raise CalibrationError(f"--length {length} is more than the model's context {longest}")
         shape = self.engine.shape
         everything = BudgetTable.uniform(1.0, shape.num_layers, shape.num_kv_heads)
-        self.settings = SparsitySettings(TCAPolicy(), everything, everything, granularity=CHUNK)
+        self.settings = SparsitySettings(
+            TCAPolicy(), everything, everything, window, granularity=CHUNK
+        )
         self.grid = Grid.build(self.settings.block)
         self.identity = ModelIdentity(
             self.engine.model.fingerprint(), shape.num_layers, shape.num_kv_heads, shape.head_dim

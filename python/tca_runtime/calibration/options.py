@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tca_runtime.calibration.choose import OBJECTIVES, Goal, Objective
 from tca_runtime.config import ModelArgs
+from tca_runtime.sparsity.settings import DEFAULT_WINDOW
 
 # In a source tree the data lies beside the packages.
 DEFAULT_DATA = Path(__file__).resolve().parents[3] / "calib_data"
@@ -27,6 +28,7 @@ class Options:
     goals: tuple[Goal, ...]
     samples: int
     length: int
+    window: int
     seed: int
     resume: bool
 
@@ -67,11 +69,14 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     add("--floor", default="0", help="least keep ratio of every head, or PREFILL,DECODE")
     add("--samples", type=int, default=15, help="prompts; the last fifth only judges the choice")
     add("--length", type=int, default=DEFAULT_LENGTH, help="tokens of a prompt")
+    add("--window", type=int, default=DEFAULT_WINDOW, help="latest tokens that are never dropped")
     add("--seed", type=int, default=0, help="of the choice of prompts")
     add("--resume", action="store_true", help="reuse what an earlier run measured")
     args = parser.parse_args(argv)
     if args.samples < 2:
         parser.error("--samples must be at least 2: one to choose from, one to judge")
+    if not 0 <= args.window < args.length:
+        parser.error("--window must be at least 0 and less than --length")
     if not all(0 < threshold <= 1 for threshold in args.threshold):
         parser.error("--threshold must lie in (0, 1]")
     if args.ratio and args.objective != "output-error":
@@ -95,6 +100,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         ),
         samples=args.samples,
         length=args.length,
+        window=args.window,
         seed=args.seed,
         resume=args.resume,
     )

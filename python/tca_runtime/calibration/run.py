@@ -28,7 +28,7 @@ def calibrate(options: Options) -> list[Path]:
         For settings, data or a model that cannot be used.
     """
     data = CalibrationData.load(options.data)
-    calibrator = Calibrator(options.model, options.length)
+    calibrator = Calibrator(options.model, options.length, options.window)
     encode = load_tokenizer(options.model).encode
     samples = data.samples(encode, options.samples, options.length, options.seed)
     begin = time.monotonic()

@@ -263,5 +263,8 @@ def _wanted(step: StepInput) -> list[int] | None:
     if any(c.prompt_targets is not None and c.logprobs is not None for c in step.chunks):
         return None
     places = step.sampling_places
+    if not places and any(c.ends_prompt for c in step.chunks):
+        # The last layer chooses for the decode view too.
+        return None
     num_tokens = len(step.decode) + sum(len(chunk.tokens) for chunk in step.chunks)
     return places if len(places) < num_tokens else None

@@ -47,7 +47,8 @@ class CausalLM(Protocol):
         part_tokens : a part is a layer's work for so many tokens; ``attention`` is a
             ``SplitAttention`` then
         wanted : int64 ``[N]``, the tokens whose hidden states are asked for, all if None; behind
-            the last attention nothing is computed for the others
+            the last attention nothing is computed for the others. If there are none, ``attention``
+            only stores the last layer's keys and values
         """
         ...
 

@@ -43,8 +43,10 @@ class DecoderPass:
         self._attention = attention
         self._part_tokens = part_tokens
         self._wanted = wanted
+        self._unread = wanted is not None and not len(wanted)
         self._parts = self._all_parts()
-        self._num_left = len(layers) * (-(-len(hidden) // part_tokens) if part_tokens else 1)
+        per_layer = -(-len(hidden) // part_tokens) if part_tokens else 1
+        self._num_left = (len(layers) - 1) * per_layer + (1 if self._unread else per_layer)
 
     def advance(self, num_parts: int) -> None:
         """See ``ForwardPass``."""
@@ -61,7 +63,7 @@ class DecoderPass:
         """See ``ForwardPass``."""
         assert not self._num_left
         hidden = self._hidden
-        if self._wanted is not None and self._part_tokens is not None:
+        if self._wanted is not None and self._part_tokens is not None and not self._unread:
             hidden = hidden[self._wanted]
         return self._norm(hidden) if len(hidden) else hidden
 
@@ -69,9 +71,15 @@ class DecoderPass:
         """Computes a part, then pauses."""
         for index, layer in enumerate(self._layers):
             q, k, v = layer.attention.heads(layer.input_norm(self._hidden), *self._rotation)
+            is_last = index == len(self._layers) - 1
+            if is_last and self._unread:
+                self._attention(index, q[:0], k, v)
+                self._hidden = self._hidden[:0]
+                yield
+                continue
             if self._part_tokens is None:
                 attended = self._attention(index, q, k, v)
-                if self._wanted is not None and index == len(self._layers) - 1:
+                if self._wanted is not None and is_last:
                     self._hidden, attended = self._hidden[self._wanted], attended[self._wanted]
                 _add(layer, self._hidden, attended)
                 yield
@@ -85,8 +93,6 @@ class DecoderPass:
 
 def _add(layer: DecoderLayer, hidden: Tensor, attended: Tensor) -> None:
     """What a layer does behind its attention, in place."""
-    if not len(hidden):
-        return
     layer.attention.output.add_to(hidden, attended)
     layer.mlp.add_to(hidden, layer.mlp_norm(hidden))
 

@@ -17,6 +17,7 @@ from tca_runtime.sparsity.policies import SelectionPolicy
 FORMAT_VERSION = 1
 # Tokens per block of candidates that this runtime selects with.
 BLOCK_SIZE = 64
+DEFAULT_WINDOW = 512
 
 
 class ConfigurationError(ValueError):
@@ -133,7 +134,7 @@ class SparsitySettings:
     policy: SelectionPolicy
     prefill: BudgetTable
     decode: BudgetTable
-    window: int = 512
+    window: int = DEFAULT_WINDOW
     probes: int = 32
     min_candidates: int = 512
     granularity: int = 4096

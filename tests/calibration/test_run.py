@@ -92,14 +92,14 @@ def test_server_loads_the_file(written: list[Path], found: CalibrationFile) -> N
 
 
 def test_a_smaller_window_must_keep_more_of_the_rest(
-    options: Options, found: CalibrationFile, tmp_path: Path
+    options: Options, written: list[Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "narrow.json"
-    calibrate(replace(options, window=64, goals=options.goals[1:], output=path))
-    narrow = CalibrationFile.load(path)
+    calibrate(replace(options, window=64, goals=options.goals[:1], output=path))
+    wide, narrow = CalibrationFile.load(written[0]), CalibrationFile.load(path)
     settings = load_settings(SparsityArgs(tca_config=str(path)), identity_of(narrow), "tiny")
     assert settings is not None and settings.window == 64
-    assert np.mean(narrow.decode.keep_ratio) > np.mean(found.decode.keep_ratio)
+    assert np.mean(narrow.decode.keep_ratio) > np.mean(wide.decode.keep_ratio)
 
 
 def test_held_out_figures_are_of_the_last_samples(

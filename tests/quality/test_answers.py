@@ -73,7 +73,8 @@ def test_calibrated_budgets_come_with_the_model() -> None:
     assert settings is not None
     assert settings.prefill.keep_ratio.mean() == pytest.approx(0.15, abs=1e-3)
     assert np.ptp(settings.decode.keep_ratio) > 0.1
-    assert parsed("tca p100 d39 calibrated")[0].prefill_key != "dense"
+    own, dense = parsed("tca d39 calibrated", "tca p100 d39 calibrated")
+    assert own.prefill_key != dense.prefill_key == "dense"
 
 
 @pytest.mark.parametrize("name", ["nothing d10", "tca d0", "tca p150", "tca what3", "tca d", ""])

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from bench_run import BenchRun
 from engine_driver import (
+    CHUNK,
     NAMESPACE,
     NoRoomError,
     budgets,
@@ -158,15 +159,21 @@ def sessions(run: BenchRun, engine: Engine) -> None:
 
 
 def timed_prefill(run: BenchRun, engine: Engine, context: int, mode: str) -> float:
-    """One cold prompt. ``mode``: fa2, fa3, or the kept percentage of prefill views."""
+    """One cold prompt.
+
+    ``mode``: fa2, fa3, or the kept percentage of prefill views; behind a slash the tokens of a
+    chunk, where they are not 8192. The server's chunks have one selection each.
+    """
     wanted = None
+    views, _, chunk = mode.partition("/")
     if not mode.startswith("fa"):
-        wanted = settings(budgets(engine, int(mode) / 100, False), budgets(engine, 0.39, True))
+        wanted = settings(budgets(engine, int(views) / 100, False), budgets(engine, 0.39, True))
     backend = engine.backend
     assert isinstance(backend, FlashInferBackend)
     if mode == "fa2":
         backend._prefill = FlashInferPrefill(engine.shape, "fa2")
-    done = prefill(engine, random_tokens(engine, context, context), wanted)
+    tokens = random_tokens(engine, context, context)
+    done = prefill(engine, tokens, wanted, int(chunk or CHUNK))
     release(engine, done)
     engine.cache.flush()
     if mode == "fa2":
@@ -184,7 +191,7 @@ def prefills(run: BenchRun, engine: Engine) -> None:
     plan = {
         32768: ("fa3", "fa2", "10", "15", "39"),
         65536: ("fa3", "fa2", "10", "15", "39"),
-        131072: ("fa3", "fa2", "10", "15", "39"),
+        131072: ("fa3", "fa2", "10", "10/4096", "15", "39", "39/4096"),
         262144: ("fa3", "10"),
     }
     if run.tiny:

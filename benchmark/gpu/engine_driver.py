@@ -30,6 +30,8 @@ from tca_runtime.sparsity.settings import SparsitySettings
 
 SAMPLING = RowSampling(SamplingParams(temperature=0.0), 0, np.zeros(1, dtype=np.int32))
 NAMESPACE = Namespace()
+CHUNK = 8192
+"""Tokens of a prompt per step."""
 
 
 def make_engine(model: str, tokens: int | None, host_gib: float, device: str) -> Engine:
@@ -74,7 +76,7 @@ class Prefilled:
 
 
 def prefill(
-    engine: Engine, tokens: Tokens, wanted: SparsitySettings | None, chunk: int = 8192
+    engine: Engine, tokens: Tokens, wanted: SparsitySettings | None, chunk: int = CHUNK
 ) -> Prefilled:
     """What the scheduler does with a prompt, from its match in the tree to its first token.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,7 +38,8 @@ class Cell:
 
     Attributes
     ----------
-    num_samples : of the tasks that count
+    num_samples : of the tasks that count; a sample measured in several runs counts once, with the
+        mean of its scores
     accuracy, full : means over the tasks that count, in points
     difference : of ``accuracy`` and ``full`` over the same samples
     kept : mean share of tokens in the decode views of prompts that were selected from
@@ -62,39 +63,39 @@ class Cell:
     cached: float
 
 
+Run = int
+
+
 @dataclass
 class _Answers:
-    """What one configuration answered.
+    """What one configuration answered: all records, by question and run."""
 
-    Attributes
-    ----------
-    run_of : the latest run that has an answer to a question
-    in_run : all answers, by run and question
-    """
+    by_run: dict[Question, dict[Run, Record]] = field(
+        default_factory=lambda: defaultdict(dict[Run, Record])
+    )
 
-    run_of: dict[Question, int] = field(default_factory=dict)
-    in_run: dict[tuple[int, Question], Record] = field(default_factory=dict)
-
-    def add(self, run: int, record: Record) -> None:
-        question = record["sample"], record.get("turn", 0)
-        self.run_of[question] = run
-        self.in_run[run, question] = record
+    def add(self, run: Run, record: Record) -> None:
+        self.by_run[record["sample"], record.get("turn", 0)][run] = record
 
     @property
     def latest(self) -> dict[Question, Record]:
         """The latest answer to every question."""
-        return {question: self.in_run[run, question] for question, run in self.run_of.items()}
+        return {question: runs[max(runs)] for question, runs in self.by_run.items()}
 
-    def beside(self, other: _Answers) -> dict[Question, Record]:
-        """Answers to the questions of ``other``, of the same run where there are any.
+    def beside(self, other: _Answers) -> Iterator[tuple[list[Record], list[Record]]]:
+        """Answers of both to every question that both answered.
 
-        Two GPUs round differently, and so may one with other prompts in the batch.
+        Those of the runs in which both did: two GPUs round differently, and so may one with other
+        prompts in the batch. Where there is no such run, the latest of each.
         """
-        found = {}
-        for question in other.run_of.keys() & self.run_of.keys():
-            same = self.in_run.get((other.run_of[question], question))
-            found[question] = same or self.in_run[self.run_of[question], question]
-        return found
+        for question, mine in self.by_run.items():
+            theirs = other.by_run.get(question)
+            if theirs is None:
+                continue
+            if common := mine.keys() & theirs.keys():
+                yield [mine[run] for run in common], [theirs[run] for run in common]
+            else:
+                yield [mine[max(mine)]], [theirs[max(theirs)]]
 
 
 def cells(records: Iterable[Record]) -> list[Cell]:
@@ -119,31 +120,27 @@ def cells(records: Iterable[Record]) -> list[Cell]:
     for key, mine in answers.items():
         mode = "turns" if key.mode in SHRINKING else key.mode
         full = answers.get(CellKey(key.model, key.data, mode, FULL), _Answers())
-        counting = _counting_tasks(full.latest)
-        if cell := _cell(key, mine.latest, full.beside(mine), counting, times[key]):
+        if cell := _cell(key, mine, full, times[key]):
             found.append(cell)
     return found
 
 
-def _cell(
-    key: CellKey,
-    mine: dict[Question, Record],
-    full: dict[Question, Record],
-    counting: set[str],
-    times: list[Record],
-) -> Cell | None:
-    common = [k for k in mine if k in full and mine[k]["task"] in counting]
-    if not common:
+def _cell(key: CellKey, mine: _Answers, full: _Answers, times: list[Record]) -> Cell | None:
+    counting = _counting_tasks(full.latest)
+    tasks, scores, reference = [], [], []
+    for answers, complete in mine.beside(full):
+        if answers[0]["task"] in counting:
+            tasks.append(answers[0]["task"])
+            scores.append(_score(answers))
+            reference.append(_score(complete))
+    if not tasks:
         return None
-    tasks = [mine[k]["task"] for k in common]
-    scores = [mine[k]["score"] for k in common]
-    reference = [full[k]["score"] for k in common]
     lost = [a - b for a, b in zip(scores, reference, strict=True)]
-    all_records = list(mine.values())
+    all_records = list(mine.latest.values())
     prompt = sum(r["prompt"] for r in all_records)
     return Cell(
         key=key,
-        num_samples=len(common),
+        num_samples=len(tasks),
         accuracy=bootstrap(scores, tasks),
         full=bootstrap(reference, tasks).mean,
         difference=bootstrap(lost, tasks),
@@ -167,6 +164,10 @@ def _points(records: list[Record], field: str) -> dict[str, float]:
     for record in records:
         groups[str(record[field])].append(record["score"])
     return {name: 100 * float(np.mean(scores)) for name, scores in sorted(groups.items())}
+
+
+def _score(answers: list[Record]) -> float:
+    return float(np.mean([answer["score"] for answer in answers]))
 
 
 def _mean(values: list[float]) -> float | None:

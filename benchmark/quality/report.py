@@ -155,10 +155,32 @@ def _is_plain(c: Configuration) -> bool:
 
 
 def _is_served(c: Configuration) -> bool:
-    """The settings a server has by default, but for the refresh's intervals."""
+    """The settings a server has by default, and others it can have with the shipped budgets."""
     return c.policy == FULL or (
-        c.policy == "tca" and c.calibration == SHIPPED and c.tail == 512 and c.granularity == 4096
+        c.policy == "tca" and c.calibration == SHIPPED and _is_current(c) and not _is_auto(c)
     )
+
+
+def _is_current(c: Configuration) -> bool:
+    """Tail, granularity and refreshes as a server has them by default."""
+    now = (c.tail, c.granularity, c.first_refresh, c.refresh_probes)
+    return now == (512, 4096, 16, 8)
+
+
+def _is_auto(c: Configuration) -> bool:
+    return c.max_dropped_mass is not None
+
+
+def _is_part(c: Configuration) -> bool:
+    """Differs in one thing from ``tca p100 k25`` or ``tca p15 k39`` with uniform budgets."""
+    return c.policy == "tca" and c.first_refresh == 16 and c.calibration is None and not _is_auto(c)
+
+
+def _is_peer(c: Configuration) -> bool:
+    """Dense prefill, a window of 128 and the other settings as served."""
+    plain = (c.window, c.block, c.sigma, c.calibration in (None, SHIPPED)) == (128, 64, 2.0, True)
+    few = c.probes == 32 or c.policy in ("h2o", "topk")
+    return _is_dense(c) and _is_current(c) and plain and few and not c.options
 
 
 def _is_first(c: Configuration) -> bool:
@@ -169,10 +191,22 @@ def _is_dense(c: Configuration) -> bool:
     return c.policy != FULL and c.prefill == 1.0
 
 
-RULER_DATA = frozenset(f"ruler-{n}" for n in (4096, 8192, 16384, 32000))
+RULER_DATA = frozenset(f"ruler-{n}" for n in (4096, 8000, 8192, 16384, 32000))
 TUNE_DATA = frozenset(f"tune-{n}" for n in (4096, 8192, 16384))
 
 SECTIONS = {
+    "peers": Section(lambda c: c.policy == FULL or _is_peer(c), lengths=frozenset({"ruler-8192"})),
+    "parts": Section(_is_part, lengths=frozenset({"ruler-8192"})),
+    "calibrations": Section(
+        lambda c: c.calibration not in (None, SHIPPED) and c.kept is not None,
+        lengths=RULER_DATA | {"tune25-8192", "sessions-8192"},
+        modes=frozenset({"", "turns"}),
+    ),
+    "thresholds": Section(
+        lambda c: c.calibration not in (None, SHIPPED) and c.kept is None,
+        (*WHERE, *COLUMNS, SECONDS),
+        lengths=RULER_DATA,
+    ),
     "headline": Section(_is_served, lengths=RULER_DATA),
     "tasks": Section(_is_served, lengths=frozenset({"ruler-8192"}), by_task=True),
     "first": Section(_is_first, lengths=RULER_DATA),
@@ -184,14 +218,16 @@ SECTIONS = {
         lambda c: c.policy == FULL or (_is_dense(c) and _is_plain(c)), lengths=RULER_DATA
     ),
     "scores": Section(
-        lambda c: _is_dense(c) and c.policy == "tca" and bool(c.options), lengths=RULER_DATA
+        lambda c: _is_dense(c) and c.first_refresh is None and bool(c.options), lengths=RULER_DATA
     ),
     "probes": Section(
-        lambda c: _is_dense(c) and c.policy == "tca" and c.probes != 32, lengths=RULER_DATA
+        lambda c: _is_dense(c) and c.first_refresh is None and c.probes != 32, lengths=RULER_DATA
     ),
-    "windows": Section(lambda c: _is_dense(c) and c.window != 512, lengths=RULER_DATA),
+    "windows": Section(
+        lambda c: _is_dense(c) and c.first_refresh is None and c.window != 512, lengths=RULER_DATA
+    ),
     "blocks": Section(
-        lambda c: c.policy == "tca" and (c.block, c.sigma) != (64, 2.0), lengths=RULER_DATA
+        lambda c: c.first_refresh is None and (c.block, c.sigma) != (64, 2.0), lengths=RULER_DATA
     ),
     "auto": Section(lambda c: c.max_dropped_mass is not None, (*WHERE, *COLUMNS, DROPPED)),
     "granularity": Section(

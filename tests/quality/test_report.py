@@ -17,6 +17,9 @@ from benchmark.quality.report import books, errors, fill, load_records, task_tab
 from benchmark.quality.statistics import bootstrap
 
 
+SERVED = "tca p15 k39 every4096 tail512 first16 latest8 calibrated"
+
+
 def answer(config: str, task: str, number: int, score: float, **more: Any) -> dict[str, Any]:
     return {
         "kind": "answer",
@@ -40,7 +43,7 @@ def some_records() -> list[dict[str, Any]]:
             answer("full", "hard", number, 0.5),
             answer("full", "hopeless", number, 0.1),
             answer(
-                "tca p15 k39 every4096 tail512 first16 latest8 calibrated",
+                SERVED,
                 "easy",
                 number,
                 1.0,
@@ -48,7 +51,7 @@ def some_records() -> list[dict[str, Any]]:
                 dropped=0.02,
             ),
             answer(
-                "tca p15 k39 every4096 tail512 first16 latest8 calibrated",
+                SERVED,
                 "hard",
                 number,
                 float(number < 3),
@@ -56,7 +59,7 @@ def some_records() -> list[dict[str, Any]]:
                 dropped=0.02,
             ),
             answer(
-                "tca p15 k39 every4096 tail512 first16 latest8 calibrated",
+                SERVED,
                 "hopeless",
                 number,
                 1.0,
@@ -64,11 +67,7 @@ def some_records() -> list[dict[str, Any]]:
                 dropped=0.02,
             ),
         ]
-    records.append(
-        answer(
-            "tca p15 k39 every4096 tail512 first16 latest8 calibrated", "hard", 99, 1.0, kept=0.4
-        )
-    )
+    records.append(answer(SERVED, "hard", 99, 1.0, kept=0.4))
     records.append(answer("streaming p100 k39", "easy", 0, 0.0, kept=0.4))
     time = {"kind": "time", "model": "m", "data": "ruler-8192", "config": "full", "seconds": 2.5}
     return [{"kind": "run", "model": "m", "data": ""}, *records, time, time]
@@ -108,10 +107,7 @@ def test_cells_compare_the_same_samples_of_tasks_that_count() -> None:
 
 
 def test_nothing_without_full_attention() -> None:
-    assert (
-        cells([answer("tca p15 k39 every4096 tail512 first16 latest8 calibrated", "easy", 0, 1.0)])
-        == []
-    )
+    assert cells([answer(SERVED, "easy", 0, 1.0)]) == []
 
 
 def test_intervals_hold_what_they_say() -> None:
@@ -131,10 +127,7 @@ def test_the_page_is_filled_between_its_marks() -> None:
     others = {"books": "no books"}
     filled = fill(page, cells(records), others)
     assert filled.startswith("Text\n<!-- begin headline -->\n| model |")
-    assert (
-        "| m | ruler-8192 | `tca p15 k39 every4096 tail512 first16 latest8 calibrated` | 20 | 40.0 | 65.0 ["
-        in filled
-    )
+    assert f"| m | ruler-8192 | `{SERVED}` | 20 | 40.0 | 65.0 [" in filled
     assert "old" not in filled and "streaming" not in filled and "\nMore\n" in filled
     assert "| hopeless | 10 | 100 |" in filled
     assert "<!-- begin books -->\nno books\n<!-- end books -->" in filled
@@ -146,10 +139,7 @@ def test_the_page_is_filled_between_its_marks() -> None:
 
 def test_tasks_that_a_configuration_lacks_stay_empty() -> None:
     lines = task_table(cells(some_records())).splitlines()
-    assert (
-        lines[0]
-        == "| task | `full` | `tca p15 k39 every4096 tail512 first16 latest8 calibrated` | `streaming p100 k39` |"
-    )
+    assert lines[0] == f"| task | `full` | `{SERVED}` | `streaming p100 k39` |"
     assert lines[2] == "| easy | 100 | 100 | 0 |"
     assert lines[3] == "| hard | 50 | 36 |  |"
 
@@ -191,7 +181,7 @@ def test_report_writes_page_images_and_summary(tmp_path: Path) -> None:
     summary = json.loads((results / "summary.json").read_text())
     assert [c["key"]["config"] for c in summary][:2] == [
         "full",
-        "tca p15 k39 every4096 tail512 first16 latest8 calibrated",
+        SERVED,
     ]
     assert (tmp_path / "i" / "quality_m_ruler-8192.png").stat().st_size > 5000
     assert len(load_records(results)) > len(records)

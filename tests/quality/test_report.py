@@ -16,7 +16,6 @@ from benchmark.quality.cells import cells
 from benchmark.quality.report import books, errors, fill, load_records, task_table
 from benchmark.quality.statistics import bootstrap
 
-
 SERVED = "tca p15 k39 every4096 tail512 first16 latest8 calibrated"
 
 

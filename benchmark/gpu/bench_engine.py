@@ -273,7 +273,10 @@ def bus(run: BenchRun, engine: Engine) -> None:
     host, pool = engine.cache.reclaimer.host, engine.cache.pool
     assert host is not None
     count = 1000 if run.tiny else min(host.capacity, 8_000_000)
-    device_rows = torch.randperm(pool.capacity, device=engine.device)[:count].int()
+    # What the sections before cached would leave too little for the permutation.
+    torch.cuda.empty_cache()
+    order = torch.randperm(pool.capacity, dtype=torch.int32, device=engine.device)
+    device_rows = order[:count].contiguous()
     host_rows = torch.arange(count, device=engine.device, dtype=torch.int32)
     size = count * pool.kv[0].nbytes / 1e9
     there, back = (pool.kv, device_rows), (host.kv, host_rows)

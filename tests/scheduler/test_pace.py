@@ -255,6 +255,22 @@ def test_chunks_are_not_smaller_than_where_their_size_begins_to_matter() -> None
     assert 128 <= settled(pace, 0.012, 3e-5) <= 512
 
 
+@pytest.mark.parametrize(("fixed", "per_token", "most"), [(0.022, 4e-6, 60), (0.012, 3e-5, 300)])
+def test_a_crowd_of_prompts_is_not_drawn_out_where_small_chunks_cost_as_much(
+    fixed: float, per_token: float, most: int
+) -> None:
+    """Thirty prompts of 4096 tokens wait when the first two have begun to decode."""
+    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=8192, max_decode_slowdown=2.2), "cuda")
+    pace.record(2, 0, 0.003)
+    left, steps = 30 * 4096, 0
+    while left > 0:
+        waiting = -(-left // 4096)
+        count = min(pace.budget(32 - waiting, waiting), left)
+        pace.record(32 - waiting, count, 0.003 + fixed + count * per_token)
+        left, steps = left - count, steps + 1
+    assert steps <= most
+
+
 def test_what_chunks_took_is_forgotten() -> None:
     pace = PrefillPace(SchedulerArgs(chunked_prefill_size=8192, max_decode_slowdown=2.2), "cuda")
     pace.record(4, 0, 0.003)

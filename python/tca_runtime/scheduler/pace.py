@@ -48,8 +48,11 @@ class ChunkTimes:
         """Tokens up to which a larger chunk costs little: there a step's fixed cost prevails.
 
         One octave more than is known, if all that are known are worthwhile: it has to be tried.
+        What is below the smallest that raised budgets allow may never be measured.
         """
-        octave = MIN_CHUNK.bit_length() - 1
+        least, most = (int(n).bit_length() - 1 for n in (MIN_CHUNK, MIN_CHUNK * _MOST_RAISED))
+        known = (o for o in range(least, most + 1) if self._counts.get(o, 0) >= _TRIALS)
+        octave = next(known, least)
         while self._counts.get(octave, 0) >= _TRIALS:
             limit = _WORTHWHILE * self._seconds[octave]
             if self._seconds.get(octave + 1, 0.0) > limit:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tca_runtime.attention import create_backend
+from tca_runtime.attention.base import AttentionShape
 from tca_runtime.attention.cpu_backend import CpuAttention
 from tca_runtime.attention.triton_backend import TritonBackend
 from tests.attention.steps import LAYERS, Case, Request, dense, even, make_case, make_shape, run
@@ -164,3 +165,20 @@ def test_the_kernels_leave_torchs_thread_count_alone() -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert output.stdout.strip() == "1", output.stderr
+
+
+def test_parts_are_smaller_where_their_tokens_see_more() -> None:
+    backend = create_backend("cpu", *_small())
+    assert [backend.part_at(p) for p in (0, 8192, 16384, 32768, 1 << 20)] == [
+        512,
+        512,
+        256,
+        128,
+        64,
+    ]
+    assert create_backend("torch", *_small()).part_at(32768) is None
+
+
+def _small() -> tuple[AttentionShape, torch.Tensor]:
+    case = make_case(make_shape(1, 64), [], [Request(even(0), 1)])
+    return case.shape, case.kv

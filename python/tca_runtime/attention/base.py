@@ -205,6 +205,12 @@ class AttentionStep:
     choose_views: BatchViewChooser | None = None
 
 
+# Up to so many earlier tokens a part has its full size; beyond, its time would grow with them.
+FULL_PART_SEES = 8192
+# Smaller parts cost more than they hide.
+LEAST_PART = 64
+
+
 class AttentionBackend(ABC):
     """Attention over slot lists. One instance serves all layers of one model.
 
@@ -218,6 +224,12 @@ class AttentionBackend(ABC):
 
     batches_selections = False
     part_tokens: int | None = None
+
+    def part_at(self, position: int) -> int | None:
+        """``part_tokens`` of a chunk that begins at a position: fewer where each sees more."""
+        if self.part_tokens is None:
+            return None
+        return max(LEAST_PART, self.part_tokens * FULL_PART_SEES // max(FULL_PART_SEES, position))
 
     def __init__(self, shape: AttentionShape, kv: Tensor) -> None:
         """``kv``: the slot pool's storage, ``[num_slots, 2, D]``."""

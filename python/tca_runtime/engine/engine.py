@@ -130,8 +130,12 @@ class Engine:
 
         What it writes and reads must stay as it is until the step has ended.
         """
-        alone = len(step.chunks) == 1 and not step.decode
-        return self._begin(step, self.backend.part_tokens if alone else None)
+        part_tokens = None
+        if len(step.chunks) == 1 and not step.decode:
+            chunk = step.chunks[0]
+            begin = chunk.sequence.computed - len(chunk.tokens)
+            part_tokens = self.backend.part_at(begin)
+        return self._begin(step, part_tokens)
 
     def _begin(self, step: StepInput, part_tokens: int | None = None) -> StartedStep:
         work = [self._selection(chunk) for chunk in step.chunks]

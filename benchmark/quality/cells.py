@@ -20,6 +20,8 @@ SHRINKING = frozenset(name for name, mode in MODES.items() if mode.shrink)
 
 # A sample and the turn of its conversation.
 Question = tuple[str, int]
+# Number of the process that measured, in the order of the records.
+Run = int
 
 
 @dataclass(frozen=True)
@@ -63,19 +65,15 @@ class Cell:
     cached: float
 
 
-Run = int
-
-
 @dataclass
 class _Answers:
     """What one configuration answered: all records, by question and run."""
 
-    by_run: dict[Question, dict[Run, Record]] = field(
-        default_factory=lambda: defaultdict(dict[Run, Record])
-    )
+    by_run: dict[Question, dict[Run, Record]] = field(default_factory=dict)
 
     def add(self, run: Run, record: Record) -> None:
-        self.by_run[record["sample"], record.get("turn", 0)][run] = record
+        question = record["sample"], record.get("turn", 0)
+        self.by_run.setdefault(question, {})[run] = record
 
     @property
     def latest(self) -> dict[Question, Record]:

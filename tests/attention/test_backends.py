@@ -169,14 +169,9 @@ def test_the_kernels_leave_torchs_thread_count_alone() -> None:
 
 def test_parts_are_smaller_where_their_tokens_see_more() -> None:
     backend = create_backend("cpu", *_small())
-    assert [backend.part_at(p) for p in (0, 8192, 16384, 32768, 1 << 20)] == [
-        512,
-        512,
-        256,
-        128,
-        64,
-    ]
-    assert create_backend("torch", *_small()).part_at(32768) is None
+    sizes = {0: 512, 8192: 512, 16384: 256, 32768: 128, 1 << 20: 64}
+    assert {position: backend.part_tokens_at(position) for position in sizes} == sizes
+    assert create_backend("torch", *_small()).part_tokens_at(32768) is None
 
 
 def _small() -> tuple[AttentionShape, torch.Tensor]:

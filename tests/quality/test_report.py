@@ -82,6 +82,14 @@ def test_cells_compare_answers_of_one_run_where_they_can() -> None:
     assert sparse.full == pytest.approx(100) and sparse.difference.mean == pytest.approx(-50)
 
 
+def test_cells_average_the_runs_in_which_both_answered() -> None:
+    run, tca = {"kind": "run", "model": "m", "data": ""}, "tca p15 k39"
+    both = [[run, answer("full", "easy", 0, 1.0), answer(tca, "easy", 0, s)] for s in (1.0, 0.0)]
+    _, sparse = cells([*both[0], *both[1], run, answer("full", "easy", 0, 0.5)])
+    assert sparse.num_samples == 1 and sparse.full == pytest.approx(100)
+    assert sparse.difference.mean == pytest.approx(-50)
+
+
 def test_modes_that_shrink_prefixes_are_compared_with_full_attention_by_turns() -> None:
     def turn(config: str, mode: str, score: float) -> dict[str, Any]:
         return answer(config, "easy", 0, score, kind="turn", mode=mode, turn=0)

@@ -205,37 +205,36 @@ class AttentionStep:
     choose_views: BatchViewChooser | None = None
 
 
-# Up to so many earlier tokens a part has its full size; beyond, its time would grow with them.
-FULL_PART_SEES = 8192
-# Smaller parts cost more than they hide.
-LEAST_PART = 64
-
-
 class AttentionBackend(ABC):
     """Attention over slot lists. One instance serves all layers of one model.
 
     Attributes
     ----------
     batches_selections : whether it takes ``AttentionStep.choose_views``
-    part_tokens : for so many tokens at once a long chunk's layer is computed where other steps run
-        in between; ``begin`` gives a ``SplitAttention`` then. None for all of them
     before_layer : called with a layer's number before anything is read of its slots
     """
 
     batches_selections = False
-    part_tokens: int | None = None
-
-    def part_at(self, position: int) -> int | None:
-        """``part_tokens`` of a chunk that begins at a position: fewer where each sees more."""
-        if self.part_tokens is None:
-            return None
-        return max(LEAST_PART, self.part_tokens * FULL_PART_SEES // max(FULL_PART_SEES, position))
 
     def __init__(self, shape: AttentionShape, kv: Tensor) -> None:
         """``kv``: the slot pool's storage, ``[num_slots, 2, D]``."""
         self.shape = shape
         self.kv = kv
         self.before_layer: Callable[[int], None] = lambda layer: None
+
+    def part_tokens_at(self, position: int) -> int | None:
+        """For how many tokens at once a layer of a long chunk is computed.
+
+        Parameters
+        ----------
+        position : of the chunk's first token
+
+        Returns
+        -------
+        A number if other steps should run within a layer; ``begin`` gives a ``SplitAttention``
+        then. None for whole layers.
+        """
+        return None
 
     @abstractmethod
     def begin(self, step: AttentionStep) -> LayerAttention:

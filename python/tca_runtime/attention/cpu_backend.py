@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 SLOTS_PER_THREAD = 256
 """Another thread pays off from this many slots per layer."""
 
+# Up to so many earlier tokens a part has its full size; beyond, its time would grow with them.
+FULL_PART_SEES = 8192
+# Smaller parts cost more than they hide.
+LEAST_PART = 64
+
 DecodeLayer = Callable[[int, Tensor, Tensor], None]
 WriteLayer = Callable[[int, Tensor, Tensor], None]
 
@@ -55,6 +60,11 @@ class CpuBackend(AttentionBackend):
             self._decode_kernel = decode_kernel(shape.head_dim)
             self._write_kernel = write_kernel()
             logger.info("CPU attention kernels ready in %.1f s", time.perf_counter() - begin)
+
+    def part_tokens_at(self, position: int) -> int:
+        """See ``AttentionBackend``: fewer tokens where each of them sees more."""
+        seen = max(FULL_PART_SEES, position)
+        return max(LEAST_PART, self.part_tokens * FULL_PART_SEES // seen)
 
     @staticmethod
     def unsupported(shape: AttentionShape) -> str | None:
@@ -144,9 +154,9 @@ class CpuAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See ``LayerAttention``."""
         self.write(layer, k, v)
-        out = torch.empty(q.shape, dtype=q.dtype)
         if not len(q):
-            return out.flatten(1)
+            return q.flatten(1)
+        out = torch.empty(q.shape, dtype=q.dtype)
         if self.decode is not None:
             self.decode(layer, q, out)
         for index, (tokens, _) in enumerate(self.prefill):

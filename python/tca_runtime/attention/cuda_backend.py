@@ -141,9 +141,9 @@ class CudaBackend(AttentionBackend):
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.before_layer(layer)
             write_kv(k, v, self.kv, new_slots[layer])
-            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             if not len(q):
-                return out.flatten(1)
+                return q.flatten(1)
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             if decode is not None:
                 decode_attention(
                     q[:num_decode],

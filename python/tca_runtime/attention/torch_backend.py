@@ -41,9 +41,9 @@ class TorchBackend(AttentionBackend):
             slots = step.new_slots[layer].long()
             self.kv[slots, 0] = k
             self.kv[slots, 1] = v
-            out = torch.empty_like(q, memory_format=torch.contiguous_format)
             if not len(q):
-                return out.flatten(1)
+                return q.flatten(1)
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
             for (lists, chunk), (start, length) in zip(work, places, strict=True):
                 tokens = slice(chunk.token_start, chunk.token_start + chunk.num_tokens)
                 view = None

@@ -134,7 +134,7 @@ class Engine:
         if len(step.chunks) == 1 and not step.decode:
             chunk = step.chunks[0]
             begin = chunk.sequence.computed - len(chunk.tokens)
-            part_tokens = self.backend.part_at(begin)
+            part_tokens = self.backend.part_tokens_at(begin)
         return self._begin(step, part_tokens)
 
     def _begin(self, step: StepInput, part_tokens: int | None = None) -> StartedStep:

@@ -63,7 +63,7 @@ class DecoderPass:
         """See ``ForwardPass``."""
         assert not self._num_left
         hidden = self._hidden
-        if self._wanted is not None and self._part_tokens is not None and not self._unread:
+        if self._wanted is not None and self._part_tokens is not None:
             hidden = hidden[self._wanted]
         return self._norm(hidden) if len(hidden) else hidden
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.sparsity.batched import BatchedSelection
 from tca_runtime.sparsity.budget import BudgetTable
-from tca_runtime.sparsity.chooser import ChunkSelection, RequestSparsity, StepSelection
+from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, RequestSparsity, StepSelection
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 from tca_runtime.sparsity.settings import SparsitySettings
 
@@ -32,31 +32,63 @@ def settings(**changes: object) -> SparsitySettings:
     return replace(base, **changes)
 
 
-def select_both(
-    wanted: SparsitySettings, past: int, size: int, last: bool, token_start: int = 3
-) -> tuple[StepSelection, BatchedSelection, torch.Tensor, HeadSlots]:
+def filled_pool(num_slots: int) -> SlotPool:
+    pool = SlotPool(num_slots + 1, 16, torch.float32, torch.device("cpu"))
+    pool.kv.normal_()
+    return pool
+
+
+def copy_of(pool: SlotPool) -> SlotPool:
+    """A pool of the same keys, with an importance of its own."""
+    other = SlotPool(len(pool.kv), 16, torch.float32, torch.device("cpu"))
+    other.kv.copy_(pool.kv)
+    return other
+
+
+def runs(slots: torch.Tensor) -> list[HeadSlots]:
+    """The lists of one request in two runs of tokens."""
+    middle = slots.shape[1] // 2
+    return [HeadSlots.full(0, slots[:, :middle]), HeadSlots.full(middle, slots[:, middle:])]
+
+
+@dataclass
+class Both:
     """Both choosers over one request, with pools of their own importance."""
+
+    one: StepSelection
+    many: BatchedSelection
+    q: torch.Tensor
+    lists: HeadSlots
+    pools: tuple[SlotPool, SlotPool]
+
+
+def select_both(wanted: RequestSparsity, past: int, size: int, last: bool) -> Both:
+    token_start = 3
     torch.manual_seed(past + size)
     total = past + size
-    pools = []
-    for _ in range(2):
-        pool = SlotPool(total * SHAPE.rows + 1, 16, torch.float32, torch.device("cpu"))
-        pools.append(pool)
-    pools[0].kv.normal_()
-    pools[1].kv.copy_(pools[0].kv)
-    slots = (torch.randperm(total * SHAPE.rows) + 1).int().view(SHAPE.rows, total)
-    parts = [
-        HeadSlots.full(0, slots[:, : past // 2]),
-        HeadSlots.full(past // 2, slots[:, past // 2 :]),
-    ]
-    work = ChunkSelection.plan(RequestSparsity(wanted), parts, size, last)
+    pool = filled_pool(total * SHAPE.rows)
+    pools = pool, copy_of(pool)
+    parts = runs((torch.randperm(total * SHAPE.rows) + 1).int().view(SHAPE.rows, total))
+    work = ChunkSelection.plan(wanted, parts, size, last)
     assert work is not None
-    again = ChunkSelection.plan(RequestSparsity(wanted), parts, size, last)
+    again = ChunkSelection.plan(wanted, parts, size, last)
     assert BatchedSelection.covers([again])
     q = torch.randn(token_start + size, 6, 16)
     one = StepSelection(SHAPE, pools[0], [work])
     many = BatchedSelection(SHAPE, pools[1], [again], [token_start])
-    return one, many, q, HeadSlots.concat(parts)
+    return Both(one, many, q, HeadSlots.concat(parts), pools)
+
+
+def equal_views(left: DecodeView | None, right: DecodeView | None) -> bool:
+    if left is None or right is None:
+        return left is right
+    return (
+        torch.equal(left.slots, right.slots)
+        and torch.equal(left.keep, right.keep)
+        and left.lengths.tolist() == right.lengths.tolist()
+        and left.report == right.report
+        and float(left.dropped_mass) == pytest.approx(float(right.dropped_mass))
+    )
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -64,7 +96,8 @@ def select_both(
 @pytest.mark.parametrize("direction", ["many", "few"])
 def test_one_piece_equals_the_layer_by_layer_choice(last: bool, kind: str, direction: str) -> None:
     wanted = settings(policy=TCAPolicy(kind, direction))
-    one, many, q, lists = select_both(wanted, 400, 100, last)
+    both = select_both(RequestSparsity(wanted), 400, 100, last)
+    one, many, q, lists = both.one, both.many, both.q, both.lists
     assert list(many.pieces) == [(3, 100)]
     for layer in range(2):
         view = one(layer, 0, q[3:])
@@ -76,23 +109,18 @@ def test_one_piece_equals_the_layer_by_layer_choice(last: bool, kind: str, direc
         assert views.lengths.tolist() == [(view.lengths + 100).tolist()]
     left, right = one.decode_view(0), many.decode_view(0)
     assert (left is None) == (right is None) == (not last)
-    if left is not None and right is not None:
-        assert torch.equal(left.slots, right.slots)
-        assert torch.equal(left.keep, right.keep)
-        assert left.lengths.tolist() == right.lengths.tolist()
-        assert left.report["kept_ratio"] == right.report["kept_ratio"]
-        assert float(left.dropped_mass) == pytest.approx(float(right.dropped_mass))
-        assert torch.equal(one._pool.importance, many._chunks[0]._pool.importance)
+    assert equal_views(left, right)
+    assert torch.equal(both.pools[0].importance, both.pools[1].importance)
 
 
 def test_pieces_of_a_chunk_choose_as_chunks_of_their_own_would() -> None:
     wanted = settings(granularity=50)
-    _, many, q, lists = select_both(wanted, 300, 150, True)
+    both = select_both(RequestSparsity(wanted), 300, 150, True)
+    many, q, lists, pool = both.many, both.q, both.lists, both.pools[1]
     assert list(many.pieces) == [(3, 50), (53, 50), (103, 50)]
     together = many(0, q)
     ends = np.cumsum(together.lengths.sum(axis=1))
     pieces = together.slots.split(np.diff(ends, prepend=0).tolist())
-    pool = many._chunks[0]._pool
     for i, piece in enumerate(pieces):
         upto = HeadSlots.full(0, lists.dense()[:, : 350 + 50 * i])
         work = ChunkSelection.plan(RequestSparsity(wanted), [upto], 50, False)
@@ -102,7 +130,8 @@ def test_pieces_of_a_chunk_choose_as_chunks_of_their_own_would() -> None:
 
 def test_one_shot_selects_the_decode_view_alone() -> None:
     wanted = settings(one_shot=True, granularity=50)
-    one, many, q, lists = select_both(wanted, 300, 150, True)
+    both = select_both(RequestSparsity(wanted), 300, 150, True)
+    one, many, q, lists = both.one, both.many, both.q, both.lists
     ends = [350, 400, 450]
     for layer in range(2):
         everything = one(layer, 0, q[3:])
@@ -119,11 +148,8 @@ def test_one_shot_selects_the_decode_view_alone() -> None:
 
 def test_mass_limit_takes_the_smallest_rung_that_holds() -> None:
     wanted = settings(prefill=table(0.2, 32), decode=table(0.4, 32))
-    one, many, q, _ = select_both(wanted, 600, 64, True)
-    for chooser in (one, many):
-        work = chooser._chunks[0]
-        chunk = work._work if hasattr(work, "_work") else work
-        chunk.request = RequestSparsity(wanted, max_dropped_mass=0.2)
+    both = select_both(RequestSparsity(wanted, max_dropped_mass=0.2), 600, 64, True)
+    one, many, q = both.one, both.many, both.q
     for layer in range(2):
         one(layer, 0, q[3:])
         many(layer, q)
@@ -131,3 +157,60 @@ def test_mass_limit_takes_the_smallest_rung_that_holds() -> None:
     assert left is not None and right is not None
     assert float(right.dropped_mass) <= 0.2
     assert torch.equal(left.slots, right.slots)
+
+
+def test_requests_of_a_step_choose_as_each_would_alone() -> None:
+    """First and later chunks, a refresh, other probes, budgets and limits, a shared prefix."""
+    torch.manual_seed(5)
+    base = settings()
+    limited = settings(prefill=table(0.2, 32), decode=table(0.4, 32))
+    requests = [
+        (RequestSparsity(base), 400, 100, True, False),
+        (RequestSparsity(base), 250, 60, False, False),
+        (RequestSparsity(settings(decode=table(0.7))), 130, 40, True, False),
+        (RequestSparsity(settings(probes=4)), 300, 8, True, True),
+        (RequestSparsity(limited, max_dropped_mass=0.2), 320, 50, True, False),
+        (RequestSparsity(limited), 320, 50, True, False),
+        (RequestSparsity(base), 40, 30, True, False),
+    ]
+    totals = [past + size for _, past, size, _, _ in requests]
+    pool = filled_pool(sum(totals) * SHAPE.rows)
+    free = (torch.randperm(sum(totals) * SHAPE.rows) + 1).int().split([t * 4 for t in totals])
+    slots = [part.view(SHAPE.rows, -1) for part in free]
+    slots[2][:, :120] = slots[0][:, :120]
+
+    def planned() -> list[ChunkSelection | None]:
+        return [
+            ChunkSelection.plan(wanted, runs(own), size, last, sees_past)
+            for own, (wanted, _, size, last, sees_past) in zip(slots, requests, strict=True)
+        ]
+
+    sizes = [size for _, _, size, _, _ in requests]
+    starts = (2 + np.cumsum([0, *sizes[:-1]])).tolist()
+    q = torch.randn(2 + sum(sizes), 6, 16)
+    pools = [copy_of(pool), copy_of(pool)]
+    works = planned()
+    assert works.count(None) == 1, "the shortest request has nothing to drop"
+    together = BatchedSelection(SHAPE, pools[0], works, starts)
+    alone = {
+        number: BatchedSelection(SHAPE, pools[1], [work], [start])
+        for number, (work, start) in enumerate(zip(planned(), starts, strict=True))
+        if work is not None
+    }
+    assert together.chunks == frozenset(alone)
+    by_start = {starts[number]: chooser for number, chooser in alone.items()}
+    for layer in range(2):
+        found = together(layer, q)
+        ends = found.lengths.sum(axis=1).cumsum()
+        parts = found.slots.split(np.diff(ends, prepend=0).tolist())
+        for (start, size), part, lengths in zip(together.pieces, parts, found.lengths, strict=True):
+            expected = by_start[start](layer, q)
+            assert by_start[start].pieces == [(start, size)]
+            assert torch.equal(expected.slots, part)
+            assert expected.lengths.tolist() == [lengths.tolist()]
+    for number in range(len(requests)):
+        left = together.decode_view(number)
+        right = alone[number].decode_view(0) if number in alone else None
+        assert (left is None) == (number in (1, 6))
+        assert equal_views(left, right)
+    assert torch.equal(pools[0].importance, pools[1].importance)

@@ -63,50 +63,50 @@ class RaggedPrefill(Protocol):
 class Pieces:
     """Runs of the step's tokens whose lists are attended to in one call.
 
-    ``size`` is their common length if they are equal and adjacent, as the pieces of a long chunk
-    are, and 0 otherwise.
+    Attributes
+    ----------
+    size : their common length if they are equal and adjacent, as the pieces of a long chunk are,
+        and 0 otherwise
+    rows : unless they are, int64, the places of the packed rows in ``[T * Hkv, group * D]``
     """
 
     spans: Sequence[tuple[int, int]]
     size: int
+    rows: Tensor | None
 
     @staticmethod
-    def of(spans: Sequence[tuple[int, int]]) -> Pieces:
+    def of(spans: Sequence[tuple[int, int]], num_kv_heads: int, device: torch.device) -> Pieces:
         sizes = {n for _, n in spans}
         starts = [start for start, _ in spans]
         size = sizes.pop() if len(sizes) == 1 else 0
-        adjacent = starts == [starts[0] + i * size for i in range(len(spans))]
-        return Pieces(spans, size if adjacent else 0)
+        if size and starts == [starts[0] + i * size for i in range(len(spans))]:
+            return Pieces(spans, size, None)
+        heads = np.arange(num_kv_heads)[:, None]
+        rows = [(np.arange(s, s + n) * num_kv_heads + heads).ravel() for s, n in spans]
+        return Pieces(spans, 0, dispatch.upload(torch.from_numpy(np.concatenate(rows)), device))
 
     @property
     def lengths(self) -> Lengths:
-        return np.array([n for _, n in self.spans], dtype=np.int64)
+        return _sizes(self.spans)
 
     def pack(self, q: Tensor, num_kv_heads: int) -> Tensor:
         """``[T, Hq, D]`` to rows ordered by piece, KV head, token: ``[n * Hkv, group, D]``."""
         group, dim = q.shape[1] // num_kv_heads, q.shape[2]
-        if self.size:
-            source = self._blocks(q, num_kv_heads)
-            target = q.new_empty(len(self.spans), num_kv_heads, self.size, group * dim)
-            copy_rows(source, target.transpose(1, 2))
-            return target.view(-1, group, dim)
-        parts = [
-            q[s : s + n].reshape(n, num_kv_heads, group, dim).transpose(0, 1).flatten(0, 1)
-            for s, n in self.spans
-        ]
-        return torch.cat(parts)
+        if self.rows is not None:
+            return q.reshape(-1, group, dim).index_select(0, self.rows)
+        source = self._blocks(q, num_kv_heads)
+        target = q.new_empty(len(self.spans), num_kv_heads, self.size, group * dim)
+        copy_rows(source, target.transpose(1, 2))
+        return target.view(-1, group, dim)
 
     def unpack(self, rows: Tensor, out: Tensor, num_kv_heads: int) -> None:
         """Write packed rows to their tokens of ``out [T, Hq, D]``."""
         group, dim = rows.shape[1:]
-        if self.size:
-            source = rows.view(len(self.spans), num_kv_heads, self.size, group * dim)
-            copy_rows(source.transpose(1, 2), self._blocks(out, num_kv_heads))
+        if self.rows is not None:
+            out.view(-1, group, dim).index_copy_(0, self.rows, rows)
             return
-        sizes = [n * num_kv_heads for _, n in self.spans]
-        for (start, n), part in zip(self.spans, rows.split(sizes), strict=True):
-            part = part.view(num_kv_heads, n, group, dim).transpose(0, 1)
-            out[start : start + n].view(n, num_kv_heads, group, dim).copy_(part)
+        source = rows.view(len(self.spans), num_kv_heads, self.size, group * dim)
+        copy_rows(source.transpose(1, 2), self._blocks(out, num_kv_heads))
 
     def _blocks(self, heads: Tensor, num_kv_heads: int) -> Tensor:
         """The pieces' part of ``[T, Hq, D]`` as ``[pieces, size, Hkv, group * D]``."""
@@ -181,33 +181,39 @@ class CudaBackend(AttentionBackend):
     ) -> list[Callable[[int, Tensor, Tensor, Tensor, Tensor], None]]:
         """One callable per group of chunks that find their lists in the same way."""
         batch = step.choose_views
+
+        def pieces(spans: Sequence[tuple[int, int]]) -> Pieces:
+            return Pieces.of(spans, self.shape.num_kv_heads, self.kv.device)
+
         chosen = batch.chunks if batch is not None else frozenset()
         rest = [chunk for i, chunk in enumerate(step.chunks) if i not in chosen]
         work: list[Callable[[int, Tensor, Tensor, Tensor, Tensor], None]] = []
         if batch is not None:
-            work.append(self._gathered(Pieces.of(batch.pieces), batch))
+            work.append(self._gathered(pieces(batch.pieces), batch))
         if step.choose_view is not None and rest:
             for number, chunk in enumerate(step.chunks):
                 lists = self._one_view(step, chunk, number, step.choose_view)
-                work.append(self._gathered(Pieces.of([_span(chunk)]), lists))
+                work.append(self._gathered(pieces([_span(chunk)]), lists))
             return work
         fresh = [chunk for chunk in rest if chunk.position == 0]
         if fresh:
-            work.append(self._straight(Pieces.of([_span(c) for c in fresh])))
+            work.append(self._straight([_span(c) for c in fresh]))
         later = [chunk for chunk in rest if chunk.position != 0]
         if later and step.prefill is not None:
-            pieces = Pieces.of([_span(c) for c in later])
-            work.append(self._gathered(pieces, self._whole_past(step.prefill, later)))
+            lists = self._whole_past(step.prefill, later)
+            work.append(self._gathered(pieces([_span(c) for c in later]), lists))
         return work
 
-    def _straight(self, pieces: Pieces) -> Callable[[int, Tensor, Tensor, Tensor, Tensor], None]:
+    def _straight(
+        self, spans: Sequence[tuple[int, int]]
+    ) -> Callable[[int, Tensor, Tensor, Tensor, Tensor], None]:
         """Prompts without a past need no lists: their keys and values are at hand."""
-        lengths = pieces.lengths
-        begin = pieces.spans[0][0]
-        adjacent = begin + int(lengths.sum()) == sum(pieces.spans[-1])
-        index: slice | Tensor = slice(begin, sum(pieces.spans[-1]))
+        lengths = _sizes(spans)
+        begin = spans[0][0]
+        adjacent = begin + int(lengths.sum()) == sum(spans[-1])
+        index: slice | Tensor = slice(begin, sum(spans[-1]))
         if not adjacent:
-            runs = [torch.arange(s, s + n) for s, n in pieces.spans]
+            runs = [torch.arange(s, s + n) for s, n in spans]
             index = dispatch.upload(torch.cat(runs), self.kv.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
@@ -260,6 +266,10 @@ class CudaBackend(AttentionBackend):
             return PieceLists(torch.cat(parts), (view.lengths + chunk.num_tokens)[None])
 
         return lists
+
+
+def _sizes(spans: Sequence[tuple[int, int]]) -> Lengths:
+    return np.array([n for _, n in spans], dtype=np.int64)
 
 
 def _span(chunk: PrefillChunk) -> tuple[int, int]:

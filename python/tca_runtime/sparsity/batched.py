@@ -1,4 +1,4 @@
-"""Selection on a GPU: every piece of a chunk in a few launches per layer, nothing waits.
+"""Selection on a GPU: all requests of a step in a few launches per layer, nothing waits.
 
 Covers the TCA policy over complete lists, whose candidates are a prefix. Everything else takes
 ``StepSelection``.
@@ -17,11 +17,11 @@ from torch import Tensor
 from tca_kernels.dispatch import upload
 from tca_kernels.gather import ViewSlots, view_slots
 from tca_kernels.score import probe_scores
-from tca_kernels.select import Selection, block_scores, select
+from tca_kernels.select import block_scores, select
 from tca_runtime.attention.base import AttentionShape, PieceLists
 from tca_runtime.cache.slot_pool import SlotPool
-from tca_runtime.sparsity.budget import BudgetTable, levels
-from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, rungs
+from tca_runtime.sparsity.batched_decode import BatchedDecodeViews, Ranking
+from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 
 
@@ -31,159 +31,122 @@ class Piece:
 
     Attributes
     ----------
+    chunk : number among the group's chunks
     token_start : place on the step's token axis
     begin, end : absolute positions
     num_candidates : tokens from the list's begin on that may be dropped
+    num_scored : tokens that are scored; more where the decode view is chosen from them too
     """
 
+    chunk: int
     token_start: int
     begin: int
     end: int
     num_candidates: int
+    num_scored: int
+
+    @property
+    def token_end(self) -> int:
+        return self.token_start + self.end - self.begin
 
 
-class BatchedChunk:
-    """One chunk's selections: tables that all layers share, and the scores for the decode view."""
+class SelectionGroup:
+    """Chunks that are scored and ranked alike: tables that all layers share.
+
+    Their lists lie in one arena, so that every kernel runs once for all of them.
+    """
 
     def __init__(
-        self, work: ChunkSelection, token_start: int, shape: AttentionShape, pool: SlotPool
+        self,
+        works: Sequence[ChunkSelection],
+        token_starts: Sequence[int],
+        ranking: Ranking,
+        shape: AttentionShape,
+        pool: SlotPool,
     ) -> None:
-        self._work = work
         self._shape = shape
         self._pool = pool
-        settings = work.request.settings
-        assert isinstance(settings.policy, TCAPolicy)
-        self._policy = settings.policy
-        self._block = settings.block
-        end = work.lists.end
-        self._num_tokens = end
-        cuts = _cuts(end - work.num_tokens, end, settings.granularity)
-
-        def candidates(past: int) -> int:
-            return 0 if work.sees_past else settings.num_candidates(past)
-
+        self._ranking = ranking
+        lists = [work.lists.slots for work in works]
+        self._arena = lists[0] if len(lists) == 1 else torch.cat(lists)
+        device = self._arena.device
+        sizes = np.array([work.lists.num_slots for work in works])
         self.pieces = [
-            Piece(token_start + a - cuts[0], a, b, candidates(a))
-            for a, b in zip(cuts, cuts[1:], strict=False)
+            piece
+            for number, (work, start) in enumerate(zip(works, token_starts, strict=True))
+            for piece in _pieces(number, work, start)
         ]
-        self._num_decode = work.decode.num_candidates if work.decode is not None else 0
-        self._probes = min(settings.probes, *(p.end - p.begin for p in self.pieces))
-        rows = torch.arange(shape.rows, device=work.lists.slots.device) * end
-        self._start = rows.view(shape.num_layers, shape.num_kv_heads)
-        counts = [p.num_candidates for p in self.pieces]
-        self._counts = self._by_head(counts)
-        counts[-1] = max(counts[-1], self._num_decode)
-        self._scored = [i for i, count in enumerate(counts) if count]
-        self._score_counts = self._by_head([counts[i] for i in self._scored])
+        scored = [piece for piece in self.pieces if piece.num_scored]
+        row_starts = [
+            (offset + np.arange(shape.rows) * work.lists.end).reshape(shape.num_layers, -1)
+            for offset, work in zip(sizes.cumsum() - sizes, works, strict=True)
+        ]
+        self._start = _piece_starts(row_starts, self.pieces, device)
+        self._scored_start = _piece_starts(row_starts, scored, device)
+        self._counts = self._by_head([p.num_candidates for p in self.pieces])
+        self._blocks = self._counts.flatten() // ranking.block
         self._lengths = self._by_head([p.end for p in self.pieces])
-        self._blocks = self._counts.flatten() // self._block
+        self._score_counts = self._by_head([p.num_scored for p in scored])
+        self._score_lengths = self._by_head([p.end for p in scored])
+        self._score_sizes = [p.num_scored * shape.num_kv_heads for p in scored]
+        self._candidates = _prefixes(
+            self._by_head([p.num_candidates for p in scored]), self._score_counts, device
+        )
+        ends = torch.tensor([p.token_end for p in scored], dtype=torch.int64)
+        self._probe_index = upload(ends[:, None] + torch.arange(-ranking.probes, 0), device)
         per_piece = [
-            settings.prefill.level_counts(p.num_candidates // self._block) for p in self.pieces
+            works[p.chunk].request.settings.prefill.level_counts(p.num_candidates // ranking.block)
+            for p in self.pieces
         ]
         self._levels = torch.from_numpy(np.stack(per_piece, axis=1))
-        self._decode_scores: list[Tensor] = []
+        # The last of a chunk's pieces scores for the decode view too.
+        last = {p.chunk: i for i, p in enumerate(scored)}
+        self._decode = [i for chunk, i in last.items() if works[chunk].decode is not None]
+        self.decode_chunks = [scored[i].chunk for i in self._decode]
+        self._decode_views = BatchedDecodeViews(
+            [works[chunk] for chunk in self.decode_chunks], ranking, shape, pool
+        )
 
     def choose(self, layer: int, q: Tensor) -> tuple[ViewSlots, NDArray[np.int64]]:
         """The pieces' lists in one layer, own tokens included, and their lengths."""
-        start = self._start[layer].expand(len(self.pieces), -1)
         scores = self._score(layer, q)
-        ranking = block_scores(scores, self._block, self._policy.score)
-        counts = self._levels[layer].flatten(0, 1)
-        chosen = self._select(scores, ranking, self._blocks, counts)
-        slots = self._work.lists.slots
-        views = view_slots(slots, start, self._counts, self._lengths, chosen)
+        chosen = select(
+            scores,
+            block_scores(scores, self._ranking.block, self._ranking.score),
+            self._blocks,
+            self._levels[layer].flatten(0, 1),
+            self._ranking.levels,
+            descending=self._ranking.descending,
+        )
+        start = self._start[layer]
+        views = view_slots(self._arena, start, self._counts, self._lengths, chosen)
         return views, views.indptr.diff().view(len(self.pieces), -1).numpy()
 
-    def decode_view(self) -> DecodeView | None:
-        """After the last layer: what the prompt's last piece chose, None to see everything."""
-        if not self._num_decode:
-            return None
-        request = self._work.request
-        budget = request.settings.decode
-        scores = torch.cat(self._decode_scores)
-        ranking = block_scores(scores, self._block, self._policy.score)
-        if request.max_dropped_mass is None:
-            return self._view(scores, ranking, budget)
-        for ratio in rungs(self._block):
-            view = self._view(scores, ranking, budget.at_ratio(ratio))
-            if float(view.dropped_mass) <= request.max_dropped_mass:
-                break
-        return view
+    def decode_views(self) -> list[DecodeView]:
+        """After the last layer: what the prompts' last pieces chose, by ``decode_chunks``."""
+        return self._decode_views.choose()
 
     def _score(self, layer: int, q: Tensor) -> Tensor:
-        """Importances of the pieces' candidates; those of the decode view are kept aside."""
-        if not self._scored:
+        """Importances of the pieces' candidates; those of decode views are kept aside."""
+        if not len(self._probe_index):
             return torch.empty(0, dtype=torch.float32, device=q.device)
-        ends = [p.token_start + p.end - p.begin for p in (self.pieces[i] for i in self._scored)]
-        probes = torch.stack([q[end - self._probes : end] for end in ends])
         scores = probe_scores(
-            probes,
+            q[self._probe_index],
             self._pool.kv,
-            self._work.lists.slots,
-            self._start[layer].expand(len(ends), -1),
-            self._lengths[self._scored],
+            self._arena,
+            self._scored_start[layer],
+            self._score_lengths,
             self._score_counts,
             self._shape.scale,
         )
-        if not self._num_decode:
-            return scores
-        heads, count = self._shape.num_kv_heads, self.pieces[-1].num_candidates
-        rest, last = scores.tensor_split([scores.numel() - heads * self._num_decode])
-        self._decode_scores.append(last.clone())
-        last = last.view(heads, -1)
-        self._remember(layer, last)
-        return torch.cat((rest, last[:, :count].reshape(-1)))
-
-    def _remember(self, layer: int, scores: Tensor) -> None:
-        """Raise the slots' accumulated importance to the scores."""
-        heads = self._shape.num_kv_heads
-        rows = self._work.lists.dense()[layer * heads : (layer + 1) * heads]
-        slots = rows[:, : scores.shape[1]].long()
-        best = self._pool.importance
-        best[slots] = torch.maximum(best[slots], scores.to(best.dtype))
-
-    def _select(
-        self, scores: Tensor, ranking: Tensor, row_blocks: Tensor, counts: Tensor
-    ) -> Selection:
-        sizes = tuple(levels(self._block).tolist())
-        descending = self._policy.concentrated_keeps == "few"
-        return select(scores, ranking, row_blocks, counts, sizes, descending=descending)
-
-    def _view(self, scores: Tensor, ranking: Tensor, budget: BudgetTable) -> DecodeView:
-        rows = self._shape.rows
-        lists = self._work.lists
-        num_blocks = self._num_decode // self._block
-        counts = torch.from_numpy(budget.level_counts(num_blocks)).flatten(0, 1)
-        chosen = self._select(scores, ranking, torch.full((rows,), num_blocks), counts)
-        candidates = torch.full((rows,), self._num_decode)
-        lengths = torch.full((rows,), self._num_tokens)
-        view = view_slots(lists.slots, self._start, candidates, lengths, chosen)
-        return DecodeView(
-            lengths=view.indptr.diff().numpy(),
-            slots=view.slots,
-            lists=lists,
-            keep=self._kept(chosen),
-            dropped_mass=chosen.dropped_mass.mean(),
-            report={
-                "kept_ratio": len(view.slots) / lists.num_slots,
-                "probes": self._probes,
-            },
-        )
-
-    def _kept(self, chosen: Selection) -> Tensor:
-        device = chosen.indices.device
-        keep = torch.ones(self._shape.rows, self._num_tokens, dtype=torch.bool, device=device)
-        keep[:, : self._num_decode] = False
-        sizes = upload(chosen.indptr.diff(), device)
-        begins = torch.repeat_interleave(
-            self._start.flatten(), sizes, output_size=chosen.indices.numel()
-        )
-        # Assigning a number through an index would make the host wait for the device.
-        keep.view(-1).index_fill_(0, begins + chosen.indices, True)
-        return keep.view(-1)
+        if self._decode:
+            by_piece = scores.split(self._score_sizes)
+            self._decode_views.add([by_piece[i] for i in self._decode])
+        return scores if self._candidates is None else scores[self._candidates]
 
     def _by_head(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values)[:, None].expand(-1, self._shape.num_kv_heads).contiguous()
+        column = torch.tensor(values, dtype=torch.int64)[:, None]
+        return column.expand(-1, self._shape.num_kv_heads).contiguous()
 
 
 class BatchedSelection:
@@ -196,16 +159,27 @@ class BatchedSelection:
         chunks: Sequence[ChunkSelection | None],
         token_starts: Sequence[int],
     ) -> None:
-        self._chunks = {
-            number: BatchedChunk(work, token_starts[number], shape, pool)
-            for number, work in enumerate(chunks)
-            if work is not None
-        }
-        self.chunks = frozenset(self._chunks)
+        alike: dict[Ranking, list[int]] = {}
+        for number, work in enumerate(chunks):
+            if work is not None:
+                alike.setdefault(_ranking(work), []).append(number)
+        self._groups = [
+            SelectionGroup(
+                [work for n in numbers if (work := chunks[n]) is not None],
+                [token_starts[n] for n in numbers],
+                ranking,
+                shape,
+                pool,
+            )
+            for ranking, numbers in alike.items()
+        ]
+        self._numbers = list(alike.values())
+        self._decode_views: dict[int, DecodeView] | None = None
+        self.chunks = frozenset(number for numbers in self._numbers for number in numbers)
         self.pieces: Sequence[tuple[int, int]] = [
             (piece.token_start, piece.end - piece.begin)
-            for chunk in self._chunks.values()
-            for piece in chunk.pieces
+            for group in self._groups
+            for piece in group.pieces
         ]
 
     @staticmethod
@@ -219,7 +193,7 @@ class BatchedSelection:
 
     def __call__(self, layer: int, q: Tensor) -> PieceLists:
         """See ``BatchViewChooser``."""
-        chosen = [chunk.choose(layer, q) for chunk in self._chunks.values()]
+        chosen = [group.choose(layer, q) for group in self._groups]
         slots = [views.slots for views, _ in chosen]
         return PieceLists(
             slots[0] if len(slots) == 1 else torch.cat(slots),
@@ -228,11 +202,65 @@ class BatchedSelection:
 
     def decode_view(self, chunk: int) -> DecodeView | None:
         """See ``StepSelection.decode_view``."""
-        work = self._chunks.get(chunk)
-        return None if work is None else work.decode_view()
+        if self._decode_views is None:
+            self._decode_views = {
+                numbers[place]: view
+                for group, numbers in zip(self._groups, self._numbers, strict=True)
+                for place, view in zip(group.decode_chunks, group.decode_views(), strict=True)
+            }
+        return self._decode_views.get(chunk)
+
+
+def _ranking(work: ChunkSelection) -> Ranking:
+    settings = work.request.settings
+    assert isinstance(settings.policy, TCAPolicy)
+    end = work.lists.end
+    shortest = min(np.diff(_cuts(end - work.num_tokens, end, settings.granularity)).tolist())
+    return Ranking(settings.policy, settings.block, min(settings.probes, shortest))
+
+
+def _pieces(chunk: int, work: ChunkSelection, token_start: int) -> list[Piece]:
+    settings = work.request.settings
+    end = work.lists.end
+    cuts = _cuts(end - work.num_tokens, end, settings.granularity)
+    pieces = []
+    for a, b in zip(cuts, cuts[1:], strict=False):
+        count = 0 if work.sees_past else settings.num_candidates(a)
+        decode = work.decode.num_candidates if work.decode is not None and b == end else 0
+        start = token_start + a - cuts[0]
+        pieces.append(Piece(chunk, start, a, b, count, max(count, decode)))
+    return pieces
 
 
 def _cuts(begin: int, end: int, granularity: int) -> list[int]:
     """Bounds of the pieces: as few as the granularity allows, all about equally long."""
     count = -(-(end - begin) // granularity)
     return [begin + (end - begin) * i // count for i in range(count + 1)]
+
+
+def _piece_starts(
+    row_starts: Sequence[NDArray[np.int64]], pieces: Sequence[Piece], device: torch.device
+) -> Tensor:
+    """Where the lists of every piece begin: int64 ``[L, pieces, Hkv]``.
+
+    Those of a single chunk are expanded, by which kernels know that its pieces share lists.
+    """
+    if len(row_starts) == 1:
+        table = torch.from_numpy(row_starts[0])[:, None]
+        return upload(table, device).expand(-1, len(pieces), -1)
+    empty = np.zeros((*row_starts[0].shape[:1], 0, row_starts[0].shape[1]), dtype=np.int64)
+    stacked = [row_starts[piece.chunk][:, None] for piece in pieces]
+    return upload(torch.from_numpy(np.concatenate([empty, *stacked], axis=1)), device)
+
+
+def _prefixes(counts: Tensor, sizes: Tensor, device: torch.device) -> Tensor | None:
+    """Flat places of each row's first ``counts`` entries of ``sizes``; None for all of them."""
+    counts, sizes = counts.flatten(), sizes.flatten()
+    if torch.equal(counts, sizes):
+        return None
+    total = int(counts.sum())
+    # What all rows before one leave out.
+    gaps = (sizes - counts).cumsum(0) - (sizes - counts)
+    table = upload(torch.stack((gaps, counts)), device)
+    shift = torch.repeat_interleave(table[0], table[1], output_size=total)
+    return shift + torch.arange(total, device=device)

@@ -1,0 +1,182 @@
+"""The decode views of all prompts that end in a step, chosen together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tca_kernels.dispatch import upload
+from tca_kernels.gather import view_slots
+from tca_kernels.select import BlockScore, Selection, block_scores, select
+from tca_runtime.attention.base import AttentionShape
+from tca_runtime.cache.slot_pool import SlotPool
+from tca_runtime.sparsity.budget import BudgetTable, levels
+from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, rungs
+from tca_runtime.sparsity.policies.tca import TCAPolicy
+
+# Importances raised at a time: bounds what their int64 slots take.
+REMEMBERED_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What requests must have in common to be selected for together."""
+
+    policy: TCAPolicy
+    block: int
+    probes: int
+
+    @property
+    def score(self) -> BlockScore:
+        return self.policy.score
+
+    @property
+    def descending(self) -> bool:
+        """The most concentrated blocks keep the least."""
+        return self.policy.concentrated_keeps == "few"
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        return tuple(levels(self.block).tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """One request's lists, complete, and the scores of their first ``num_candidates`` tokens.
+
+    ``scores`` is float32 ``[rows * num_candidates]``, row after row.
+    """
+
+    work: ChunkSelection
+    num_candidates: int
+    scores: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.work.lists.end
+
+
+class BatchedDecodeViews:
+    """Gathers scores layer by layer, chooses at the end.
+
+    Parameters
+    ----------
+    works : of the prompts that end, each with candidates for its decode view
+    """
+
+    def __init__(
+        self,
+        works: Sequence[ChunkSelection],
+        ranking: Ranking,
+        shape: AttentionShape,
+        pool: SlotPool,
+    ) -> None:
+        self._works = works
+        self._ranking = ranking
+        self._shape = shape
+        self._pool = pool
+        self._scores: list[Sequence[Tensor]] = []
+
+    def add(self, scores: Sequence[Tensor]) -> None:
+        """One layer's scores: of each request float32 ``[Hkv * candidates]``."""
+        self._scores.append(scores)
+
+    def choose(self) -> list[DecodeView]:
+        """After the last layer, each request's view; remembers the scores in the pool."""
+        scored = []
+        for work, layers in zip(self._works, zip(*self._scores, strict=True), strict=True):
+            assert work.decode is not None
+            scored.append(_Scored(work, work.decode.num_candidates, torch.cat(layers)))
+        self._scores = []
+        for one in scored:
+            self._remember(one)
+        free = [one for one in scored if one.work.request.max_dropped_mass is None]
+        together = iter(self._views(free, [one.work.request.settings.decode for one in free]))
+        return [
+            next(together) if one.work.request.max_dropped_mass is None else self._climb(one)
+            for one in scored
+        ]
+
+    def _climb(self, one: _Scored) -> DecodeView:
+        """The smallest rung whose dropped mass the request allows."""
+        request = one.work.request
+        assert request.max_dropped_mass is not None
+        for ratio in rungs(self._ranking.block):
+            (view,) = self._views([one], [request.settings.decode.at_ratio(ratio)])
+            if float(view.dropped_mass) <= request.max_dropped_mass:
+                break
+        return view
+
+    def _remember(self, one: _Scored) -> None:
+        """Raise the slots' accumulated importance to the scores.
+
+        One request after the other, because they may share slots.
+        """
+        best, count = self._pool.importance, one.num_candidates
+        at_once = max(REMEMBERED_AT_ONCE // count, 1)
+        lists = one.work.lists.dense().split(at_once)
+        for rows, scores in zip(lists, one.scores.view(-1, count).split(at_once), strict=True):
+            slots = rows[:, :count].long()
+            best[slots] = torch.maximum(best[slots], scores.to(best.dtype))
+
+    def _views(self, scored: Sequence[_Scored], budgets: Sequence[BudgetTable]) -> list[DecodeView]:
+        if not scored:
+            return []
+        rows, ranking = self._shape.rows, self._ranking
+        blocks = [one.num_candidates // ranking.block for one in scored]
+        counts = [b.level_counts(n) for b, n in zip(budgets, blocks, strict=True)]
+        scores = _joined([one.scores for one in scored])
+        chosen = select(
+            scores,
+            block_scores(scores, ranking.block, ranking.score),
+            torch.tensor(blocks).repeat_interleave(rows),
+            torch.from_numpy(np.stack(counts)).flatten(0, 2),
+            ranking.levels,
+            descending=ranking.descending,
+        )
+        arena = _joined([one.work.lists.slots for one in scored])
+        lengths = torch.tensor([one.num_tokens for one in scored]).repeat_interleave(rows)
+        candidates = torch.tensor([one.num_candidates for one in scored]).repeat_interleave(rows)
+        start = upload(lengths.cumsum(0) - lengths, arena.device)
+        view = view_slots(arena, start, candidates, lengths, chosen)
+        keep = self._kept(scored, chosen, start)
+        sizes = view.indptr.diff().view(len(scored), rows)
+        slots = view.slots.split(sizes.sum(1).tolist())
+        dropped = chosen.dropped_mass.view(len(scored), rows).mean(1)
+        return [
+            DecodeView(
+                lengths=sizes[i].numpy(),
+                slots=slots[i],
+                lists=one.work.lists,
+                keep=keep[i],
+                dropped_mass=dropped[i],
+                report={
+                    "kept_ratio": len(slots[i]) / one.work.lists.num_slots,
+                    "probes": ranking.probes,
+                },
+            )
+            for i, one in enumerate(scored)
+        ]
+
+    def _kept(
+        self, scored: Sequence[_Scored], chosen: Selection, start: Tensor
+    ) -> Sequence[Tensor]:
+        """Which entries of each request's lists stay: bool ``[rows * tokens]``."""
+        sizes = [one.work.lists.num_slots for one in scored]
+        keep = torch.ones(sum(sizes), dtype=torch.bool, device=start.device)
+        parts: Sequence[Tensor] = keep.split(sizes)
+        for one, part in zip(scored, parts, strict=True):
+            part.view(self._shape.rows, -1)[:, : one.num_candidates] = False
+        row_sizes = upload(chosen.indptr.diff(), start.device)
+        begins = torch.repeat_interleave(start, row_sizes, output_size=chosen.indices.numel())
+        # Assigning a number through an index would make the host wait for the device.
+        keep.index_fill_(0, begins + chosen.indices, True)
+        return parts
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

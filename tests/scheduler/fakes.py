@@ -100,7 +100,8 @@ class FakeStep:
     def __init__(
         self, engine: FakeEngine, step: StepInput, written: list[tuple[Tensor, Tensor]]
     ) -> None:
-        self.decode_views: list[DecodeView | None] = [None] * len(step.chunks)
+        num_requests = len(step.decode) + len(step.chunks)
+        self.decode_views: list[DecodeView | None] = [None] * num_requests
         self._engine = engine
         self._step = step
         self._written = written
@@ -136,7 +137,7 @@ class FakeStep:
             prompt_logprobs=[
                 [PositionLogprobs((0.0, int(t))) for t in self.targets(c)] for c in step.chunks
             ],
-            dropped_mass=[None] * len(step.chunks),
+            dropped_mass=[None] * len(self.decode_views),
         )
 
     def check_slots(self) -> None:

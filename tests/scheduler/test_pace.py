@@ -171,18 +171,6 @@ def test_a_grammar_follows_a_prompt_that_ends_with_a_long_chunk(
     assert busy.tokens("r") == expected_output([20] * 32, 4) and busy.engine.begun == 1
 
 
-def test_prompts_keep_to_the_pace_while_the_only_stream_selects_anew(known_pace: None) -> None:
-    busy = streaming(replace(SELECTING, first_refresh=3, refresh=3))
-    for i in range(3):
-        busy.submit(f"r{i}", [20 + i] * 40, 2)
-    busy.run()
-    steps = [s for s in busy.engine.steps if s.decode or len(s.chunks) > 1]
-    assert all(sum(len(c.tokens) for c in s.chunks) <= BUDGET + 3 * 4 for s in steps)
-    assert busy.engine.begun == 3
-    for i in range(3):
-        assert busy.tokens(f"r{i}") == expected_output([20 + i] * 40, 2)
-
-
 def test_a_run_behind_a_cached_prefix_has_enough_queries_to_choose(known_pace: None) -> None:
     made = streaming(replace(SELECTING, tail=8))
     made.submit("first", [20] * 30, 1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from tca_runtime.attention.base import AttentionStep, LayerAttention
 from tca_runtime.attention.triton_backend import TritonBackend
 from tca_runtime.cache.sequence import Sequence
 from tca_runtime.messages import Control, ControlReply, FinishReason
@@ -236,8 +238,50 @@ def test_a_view_is_selected_anew_as_the_output_doubles(monkeypatch: pytest.Monke
     assert sizes == [0, 8, 16, 32, 64, 114, 164]
 
 
-def test_a_refresh_sees_everything_on_every_backend() -> None:
-    """The lists of the request are the view that a refresh replaces, not what it sees."""
+def test_a_refresh_scores_with_the_queries_of_the_latest_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever else decodes, and whatever is computed beside it."""
+    server = Server(tca_first_refresh=16, tca_refresh=50)
+    backend, asked = server.engine.backend, []
+    begin = backend.begin
+    latest: dict[tuple[int, int], list[Tensor]] = {}
+
+    def recording(step: AttentionStep) -> LayerAttention:
+        attention = begin(step)
+        if step.decode is None:
+            return attention
+        starts = step.decode.start[:, 0, 0].tolist()
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for i, start in enumerate(starts):
+                latest.setdefault((start, layer), []).append(q[i].clone())
+            return attention(layer, q, k, v)
+
+        return attend
+
+    queries = server.engine._queries
+    assert queries is not None
+    read = queries.latest
+
+    def reading(views: list[int], ends: list[int], count: int) -> Tensor:
+        found = read(views, ends, count)
+        for view, kept in zip(views, found, strict=True):
+            start = int(server.engine.cache.views.start[view, 0])
+            for layer, queries_of_layer in enumerate(kept):
+                assert torch.equal(queries_of_layer, torch.stack(latest[start, layer][-count:]))
+            asked.append(view)
+        return found
+
+    monkeypatch.setattr(backend, "begin", recording)
+    monkeypatch.setattr(queries, "latest", reading)
+    for i in range(3):
+        server.submit(f"r{i}", prompt(i, 600 + i), 90 + i)
+    server.run()
+    assert len(asked) == 3 * 3, "after 16, 32 and 64 tokens"
+
+
+def test_a_refresh_selects_the_same_on_every_backend() -> None:
     text, settings = prompt(1, 900), {"tca_first_refresh": 8, "tca_refresh": 16}
     one, two = Server(**settings), Server(**settings)
     # Its layout of the work, with the kernels' references.

@@ -170,18 +170,18 @@ class CacheManager:
             sequence.computed += 1
 
     def commit(self, namespace: Namespace, sequence: Sequence, tokens: Tokens) -> None:
-        """Put the computed tokens into the tree while the request runs on.
+        """Put computed tokens into the tree while the request runs on.
 
-        ``tokens`` are the request's first ``sequence.computed`` ids. The view is unchanged: where
-        another request was first, this one keeps reading its own copies.
+        ``tokens`` are the request's first ids, at most ``sequence.computed``. The view is
+        unchanged: where another request was first, this one keeps reading its own copies.
         """
-        if not self.share_prefixes or sequence.computed == sequence.handle.num_tokens:
+        begin = sequence.handle.num_tokens
+        if not self.share_prefixes or len(tokens) == begin:
             return
-        if sequence.allocated != sequence.computed:
-            raise ValueError("commit between a block's tokens")
-        value = HeadSlots.full(sequence.handle.num_tokens, torch.cat(sequence.blocks, dim=1))
+        owned = HeadSlots.full(begin, torch.cat(sequence.blocks, dim=1))
+        value, rest = owned.split(len(tokens))
         sequence.duplicates += self.tree.insert(namespace, tokens, value)
-        sequence.blocks = []
+        sequence.blocks = [rest.dense()] if rest.num_tokens else []
         old = sequence.handle
         sequence.handle = self.tree.lock(self.tree.match(namespace, tokens))
         self.tree.unlock(old)
@@ -224,9 +224,9 @@ class CacheManager:
         """Let a sequence attend to ``slots`` only (row after row), and to what follows.
 
         False without room for the new lists: it keeps seeing what it saw, none of which may then
-        be dropped.
+        be dropped. Reserved slots are given back.
         """
-        assert sequence.allocated == sequence.computed
+        self._unreserve(sequence)
         if self.views.replace(sequence.view, lengths, slots, VIEW_GROWTH):
             return True
         logger.warning("the view arena is full: a request keeps its old view")
@@ -242,21 +242,6 @@ class CacheManager:
             inside = keep[(lists.positions >= begin) & (lists.positions < end)]
             if node.locks == 1 and len(inside) == node.slots.num_slots:
                 self.reclaimer.prune(node, inside)
-
-    def recompute_tail(self, sequence: Sequence, num_tokens: int) -> Tensor:
-        """Slots of the last ``num_tokens`` tokens, the newest one's taken now: ``[rows, n]``.
-
-        The others are computed anew into the slots they have. Reserved slots are given back.
-        """
-        if not sequence.blocks:
-            return self.extend(sequence, 1)
-        owned = torch.cat(sequence.blocks, dim=1)
-        used = sequence.computed - sequence.handle.num_tokens
-        self.pool.free(owned[:, used:])
-        sequence.blocks = [owned[:, :used]]
-        sequence.view.prepared = 0
-        newest = self.extend(sequence, 1)
-        return torch.cat([owned[:, used - num_tokens + 1 : used], newest], dim=1)
 
     def flush(self) -> None:
         """Drop every unlocked prefix."""
@@ -295,6 +280,16 @@ class CacheManager:
             owned += [part.slots for part in sequence.duplicates]
         counts = torch.bincount(torch.cat(owned), minlength=self.pool.capacity + 1)
         assert bool((counts[1:] == 1).all()), "a slot has two owners or none"
+
+    def _unreserve(self, sequence: Sequence) -> None:
+        """Give back slots that were taken for tokens to come."""
+        if sequence.allocated == sequence.computed:
+            return
+        owned = torch.cat(sequence.blocks, dim=1)
+        used = sequence.computed - sequence.handle.num_tokens
+        self.pool.free(owned[:, used:])
+        sequence.blocks = [owned[:, :used]] if used else []
+        sequence.view.prepared = 0
 
     def _take(self, sequence: Sequence, num_tokens: int) -> Tensor:
         count = num_tokens * self.rows

@@ -24,10 +24,12 @@ from tca_runtime.engine.step import ChunkInput, StepInput, StepOutput
 from tca_runtime.engine.upload import upload, upload_ints
 from tca_runtime.models.base import ForwardPass
 from tca_runtime.models.loader import LoadedModel, load_model
-from tca_runtime.sparsity.batched import BatchedSelection
+from tca_runtime.sparsity.batched import BatchedSelection, covers
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, StepSelection
 from tca_runtime.sparsity.core import BudgetedCore, SharedCore
 from tca_runtime.sparsity.load import load_settings
+from tca_runtime.sparsity.recent_queries import RecentQueries
+from tca_runtime.sparsity.refresh import Outdated, refresh
 from tca_runtime.sparsity.settings import ModelIdentity, SparsitySettings
 
 logger = logging.getLogger(__name__)
@@ -58,23 +60,28 @@ class Engine:
             dtype=loaded.dtype,
             device=loaded.device,
         )
+        self.identity = ModelIdentity(
+            fingerprint=loaded.model.fingerprint(),
+            num_layers=self.shape.num_layers,
+            num_kv_heads=self.shape.num_kv_heads,
+            head_dim=self.shape.head_dim,
+        )
+        self._max_batch = config.scheduler.max_running_requests
+        self._graphs: DecodeGraphs | None = None
+        self._queries: RecentQueries | None = None
+        settings = load_settings(config.sparsity, self.identity, config.model.model_path)
+        self._keep_queries(settings)
         num_host_slots = host_slots(config.sparsity, self.shape)
         tokens = pool_tokens(config.cache, self.shape, num_host_slots)
         pool = SlotPool(
             tokens * self.shape.rows + 1, self.shape.head_dim, self.shape.dtype, self.device
         )
         views = ViewTable(
-            config.scheduler.max_running_requests,
+            self._max_batch,
             self.shape.num_layers,
             self.shape.num_kv_heads,
             ARENA_FACTOR * pool.capacity,
             self.device,
-        )
-        self.identity = ModelIdentity(
-            fingerprint=loaded.model.fingerprint(),
-            num_layers=self.shape.num_layers,
-            num_kv_heads=self.shape.num_kv_heads,
-            head_dim=self.shape.head_dim,
         )
         self.cache = CacheManager(
             pool,
@@ -83,15 +90,13 @@ class Engine:
             host=host_pool(num_host_slots, self.shape),
             may_prune=config.sparsity.tca_retention != "never",
         )
-        self.use_sparsity(load_settings(config.sparsity, self.identity, config.model.model_path))
         self.backend = create_backend(config.attention.attention_backend, self.shape, pool.kv)
         self.backend.before_layer = self.cache.transfers.wait_for
         self.sampler = Sampler(loaded.config.vocab_size, self.device)
         self.is_asynchronous = self.device.type == "cuda"
         # The newest token of every row of the view table; padding reads the last one.
         self._token_buffer = torch.zeros(len(views.start), dtype=torch.int64, device=self.device)
-        self._graphs: DecodeGraphs | None = None
-        self._max_batch = config.scheduler.max_running_requests
+        self.use_sparsity(settings)
         logger.info("KV pool: %d tokens, %d slots", tokens, pool.capacity)
 
     def use_sparsity(self, settings: SparsitySettings | None) -> None:
@@ -100,6 +105,9 @@ class Engine:
         A scheduler reads them when it is made, so requests that run must have ended. Cached
         prefixes stay; who changes what a prefix's K and V depend on flushes the cache.
         """
+        if self._keep_queries(settings) and self._graphs is not None:
+            # They were captured without these queries.
+            self.warm_up()
         self.sparsity = settings
         reclaimer, rows = self.cache.reclaimer, self.shape.rows
         reclaimer.choose_core = BudgetedCore(settings, rows) if settings else None
@@ -145,7 +153,7 @@ class Engine:
         @torch.inference_mode()
         def finish() -> LaunchedStep:
             views = [selection.decode_view(i) if selection else None for i in range(len(work))]
-            return self._launched(step, forward.hidden(), views)
+            return self._launched(step, forward.hidden(), views, None)
 
         return StartedStep(forward, finish)
 
@@ -154,7 +162,12 @@ class Engine:
         if self.backend.batches_selections and self.device.type == "cuda":
             with torch.inference_mode():
                 graphs = DecodeGraphs(
-                    self.model, self.backend, self.cache.views, self._token_buffer, self._max_batch
+                    self.model,
+                    self.backend,
+                    self.cache.views,
+                    self._token_buffer,
+                    self._queries,
+                    self._max_batch,
                 )
                 graphs.capture()
             self._graphs = graphs
@@ -163,12 +176,39 @@ class Engine:
         self,
         step: StepInput,
         hidden: Tensor,
-        views: Many[DecodeView | None],
-        places: Tensor | None = None,
+        chunk_views: Many[DecodeView | None],
+        places: Tensor | None,
     ) -> LaunchedStep:
+        views = [*self._refreshed(step), *chunk_views]
         return LaunchedStep(
             self.model, self.sampler, step, hidden, views, self._token_buffer, places
         )
+
+    def _refreshed(self, step: StepInput) -> list[DecodeView | None]:
+        """The new views of the decode requests that want one."""
+        views: list[DecodeView | None] = [None] * len(step.decode)
+        places: list[int] = []
+        outdated: list[Outdated] = []
+        for place, decode in enumerate(step.decode):
+            if decode.refresh is not None:
+                places.append(place)
+                parts = self.cache.parts(decode.sequence)
+                outdated.append(Outdated(decode.refresh, parts, decode.sequence.view.index))
+        if outdated and self._queries is not None:
+            batched = self.backend.batches_selections
+            found = refresh(outdated, self._queries, self.shape, self.cache.pool, batched)
+            for place, view in zip(places, found, strict=True):
+                views[place] = view
+        return views
+
+    def _keep_queries(self, settings: SparsitySettings | None) -> bool:
+        """Make room for the queries that refreshes score with; whether it was missing."""
+        depth = settings.refresh_probes if settings is not None else 0
+        if depth <= (self._queries.depth if self._queries is not None else 0):
+            return False
+        # One row for the padding of captured graphs.
+        self._queries = RecentQueries(self._max_batch + 1, depth, self.shape)
+        return True
 
     def _replay(self, step: StepInput) -> tuple[Tensor, Tensor]:
         assert self._graphs is not None
@@ -182,7 +222,7 @@ class Engine:
     def _chooser(
         self, step: StepInput, work: Many[ChunkSelection | None]
     ) -> StepSelection | BatchedSelection:
-        if not self.backend.batches_selections or not BatchedSelection.covers(work):
+        if not self.backend.batches_selections or not covers(work):
             return StepSelection(self.shape, self.cache.pool, work)
         sizes = [len(step.decode), *(len(chunk.tokens) for chunk in step.chunks)]
         starts = np.cumsum(sizes).tolist()
@@ -224,6 +264,8 @@ class Engine:
             tokens = torch.cat([tokens, self._upload(np.concatenate(ids))])
         attention = self.backend.begin(self._attention_step(step, indices, chunks, selection))
         where, wanted = self._upload(np.concatenate(positions)), _wanted(step)
+        if num_decode and self._queries is not None:
+            attention = self._queries.recording(attention, indices, where[:num_decode])
         rows = None if wanted is None else self._indices(wanted)
         return self.model.begin(tokens, where, attention, part_tokens, rows)
 

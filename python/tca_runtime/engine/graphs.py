@@ -13,6 +13,7 @@ from tca_runtime.attention.base import AttentionBackend, AttentionStep
 from tca_runtime.cache.views import ViewTable
 from tca_runtime.garbage import no_collections
 from tca_runtime.models.base import CausalLM
+from tca_runtime.sparsity.recent_queries import RecentQueries
 
 BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
@@ -32,7 +33,7 @@ class DecodeGraphs:
     A graph shows one more prepared slot of each request's lists, runs the model, and leaves the
     hidden states. Smaller batches are padded with the view table's row that belongs to nobody.
     All graphs read one input table, which one copy fills, and the token buffer, which the sampler
-    fills: the host need not know the tokens.
+    fills: the host need not know the tokens. Queries are recorded in ``queries``, if given.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class DecodeGraphs:
         backend: AttentionBackend,
         views: ViewTable,
         token_buffer: Tensor,
+        queries: RecentQueries | None,
         max_batch: int,
     ) -> None:
         self._model = model
         self._backend = backend
         self._views = views
         self._token_buffer = token_buffer
+        self._queries = queries
         self._sizes = [n for n in BATCH_SIZES if n < max_batch]
         self._sizes += [n for n in BATCH_SIZES if n >= max_batch][:1]
         shape = (3, self._sizes[-1])
@@ -113,4 +116,7 @@ class DecodeGraphs:
             new_slots=table.last_slots(lists).transpose(0, 1),
         )
         attention = self._backend.begin(step)
-        return self._model.forward(self._token_buffer[views], inputs[_POSITIONS], attention)
+        positions = inputs[_POSITIONS]
+        if self._queries is not None:
+            attention = self._queries.recording(attention, views, positions)
+        return self._model.forward(self._token_buffer[views], positions, attention)

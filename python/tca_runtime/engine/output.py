@@ -60,6 +60,7 @@ class LaunchedStep:
         """
         Parameters
         ----------
+        decode_views : see ``PendingStep``
         hidden : ``[T, hidden]``, the states of the step's tokens, or only of those that sample
         token_buffer : int64, the newest token of every row of the view table
         places : int64 ``[N]``, the rows of the requests that sample, where the device has them

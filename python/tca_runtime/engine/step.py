@@ -25,11 +25,15 @@ class LogprobWish:
 
 @dataclass(frozen=True)
 class DecodeInput:
-    """One running request: feed the token that its last step drew, which only the engine knows."""
+    """One running request: feed the token that its last step drew, which only the engine knows.
+
+    ``refresh``: select a new decode view with its latest queries, this token's included.
+    """
 
     sequence: Sequence
     sampling: RowSampling
     logprobs: LogprobWish | None = None
+    refresh: RequestSparsity | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class StepOutput:
     chunk_tokens : one per chunk, None where the chunk did not sample
     decode_logprobs, chunk_logprobs : of those tokens, None where not wanted
     prompt_logprobs : per chunk, one entry per prompt target
-    dropped_mass : per chunk, of its decode view; None without one
+    dropped_mass : per decode request, then per chunk, of its new decode view; None without one
     """
 
     decode_tokens: list[int]
@@ -117,7 +121,10 @@ class PendingStep(Protocol):
 
     @property
     def decode_views(self) -> Many[DecodeView | None]:
-        """Per chunk, the view its request should decode with; None for everything."""
+        """Per decode request, then per chunk, the view that its request should decode with next.
+
+        None keeps what it sees.
+        """
         ...
 
     def sample(self) -> None:

@@ -59,8 +59,6 @@ class ControlHandler:
         ends = (c.end == c.request.num_tokens and c.request.max_new_tokens > 0 for c in plan.chunks)
         tokens = len(plan.decode) + sum(ends)
         for chunk in plan.chunks:
-            if chunk.is_refresh:
-                continue
             self.prompt_tokens += chunk.size
             if chunk.request.sequence is not None and chunk.begin == chunk.request.cached_tokens:
                 self.cached_tokens += chunk.begin

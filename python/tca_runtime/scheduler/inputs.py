@@ -11,7 +11,8 @@ def step_input(plan: StepPlan) -> StepInput:
     decode = []
     for request in plan.decode:
         assert request.sequence is not None
-        decode.append(DecodeInput(request.sequence, request.sampling, request.wish))
+        wish, refresh = request.wish, request.refresh
+        decode.append(DecodeInput(request.sequence, request.sampling, wish, refresh))
     return StepInput(decode, [_chunk_input(chunk) for chunk in plan.chunks])
 
 

@@ -33,8 +33,7 @@ WORTH_WAITING = 64
 class PlannedChunk:
     """Prompt tokens ``[begin, end)`` of a request, with slots taken; see ``Stretch.sees_past``.
 
-    ``is_refresh``: they were computed before, their queries select a new decode view. ``weight`` is
-    how many prompt tokens near a prompt's begin take about as long.
+    ``weight`` is how many prompt tokens near a prompt's begin take about as long.
     """
 
     request: Request
@@ -43,7 +42,6 @@ class PlannedChunk:
     slots: Tensor
     sees_past: bool
     weight: int
-    is_refresh: bool = False
 
     @property
     def size(self) -> int:
@@ -121,17 +119,14 @@ class StepPlanner:
         """
         if not may_retract and not self._reserve():
             return StepPlan([], [])
-        chunks: list[PlannedChunk] = []
+        if not may_prefill:
+            return StepPlan(self._plan_decode(), [])
         decode: list[Request] = []
         num_prompts = self.num_prompts
-        self._plan_refresh(chunks)
-        if not may_prefill:
-            return StepPlan(self._plan_decode(), chunks)
-        num_refreshed = len(chunks)
         if self._args.mixed_batches or not (self.waiting or self.prefilling):
             decode = self._plan_decode()
-        # Streams that sit this step out, or select anew in it, wait for it like the others.
-        busy = len(self.running) + num_refreshed if self._args.mixed_batches else len(decode)
+        # Streams that sit this step out wait for it like the others.
+        busy = len(self.running) if self._args.mixed_batches else len(decode)
         budget = allowed = self.pace.budget(busy, num_prompts)
         prompts: list[PlannedChunk] = []
         for request in [r for r in self.prefilling if r.missing]:
@@ -139,15 +134,14 @@ class StepPlanner:
         self._admit(budget, prompts, bool(busy))
         paced = busy and self._args.max_decode_slowdown
         if paced and len(prompts) == 1 and prompts[0].weight > allowed:
-            return StepPlan(decode, chunks, prompts[0])
-        chunks += prompts
-        if not chunks and not decode and self.running:
+            return StepPlan(decode, [], prompts[0])
+        if not prompts and not decode and self.running:
             decode = self._plan_decode()
-        stuck = not chunks and not decode and any(r.finish is None for r in self.prefilling)
+        stuck = not prompts and not decode and any(r.finish is None for r in self.prefilling)
         if stuck and may_retract:
             # Half-computed prompts block one another: the newest gives way.
             self._retract(max(self.prefilling, key=lambda r: r.arrival))
-        return StepPlan(decode, chunks)
+        return StepPlan(decode, prompts)
 
     def prefilled(self, request: Request) -> None:
         """The request's prompt is computed; it decodes from now on."""
@@ -185,24 +179,6 @@ class StepPlanner:
         while self.running and not self._reserve():
             self._retract(max(self.running, key=lambda r: r.arrival))
         return self._decoding()
-
-    def _plan_refresh(self, chunks: list[PlannedChunk]) -> None:
-        """Turn the next step of requests whose view is outdated into a short prefill.
-
-        The latest tokens are computed again as a last chunk, whose queries select a new view.
-        """
-        for request in [r for r in self.running if r.needs_refresh and not r.num_pending]:
-            assert request.sequence is not None and request.sparsity is not None
-            owned = request.sequence.computed - request.sequence.handle.num_tokens
-            count = min(request.sparsity.settings.refresh_probes, owned + 1)
-            if not request.sequence.view.headroom or not self._cache.available_tokens:
-                continue
-            slots = self._cache.recompute_tail(request.sequence, count)
-            end = request.num_tokens
-            sees_past = stretch_at(request, end - count, self._chunk).sees_past
-            chunks.append(PlannedChunk(request, end - count, end, slots, sees_past, count, True))
-            self.running.remove(request)
-            self.prefilling.append(request)
 
     def _plan_chunk(
         self, request: Request, budget: int, chunks: list[PlannedChunk], busy: bool

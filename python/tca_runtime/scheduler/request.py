@@ -132,23 +132,25 @@ class Request:
         return max(self.num_tokens - probes, 0)
 
     @property
-    def needs_refresh(self) -> bool:
-        """Whether so many tokens were generated that the decode view is to be selected anew."""
-        if self.sparsity is None or self.selected_at is None:
-            return False
-        drawn = self.num_tokens + self.num_pending
-        before = self.selected_at - self.num_prompt
-        return drawn - self.selected_at >= self.sparsity.settings.refresh_after(before)
+    def can_decode(self) -> bool:
+        """Whether the next step may draw a token for this running request: none is on its way
+        that is its last."""
+        return self.num_output + self.num_pending < self.max_new_tokens
 
     @property
-    def can_decode(self) -> bool:
-        """Whether the next step may draw a token for this running request.
+    def refresh(self) -> RequestSparsity | None:
+        """By what the next decode step selects a new view; None to keep the one there is."""
+        ends = self.num_output + self.num_pending + 1 >= self.max_new_tokens
+        return self.sparsity if self.is_outdated(1) and not ends else None
 
-        Not if what is on its way is the last one; nor before a refresh, which needs to know it.
-        """
-        if self.num_output + self.num_pending >= self.max_new_tokens:
+    def is_outdated(self, more: int = 0) -> bool:
+        """Whether so many tokens are computed, with ``more``, that the decode view is to be
+        selected anew."""
+        if self.sparsity is None or self.selected_at is None or self.sequence is None:
             return False
-        return not (self.num_pending and self.needs_refresh)
+        before = self.selected_at - self.num_prompt
+        since = self.sequence.computed + more - self.selected_at
+        return since >= self.sparsity.settings.refresh_after(before)
 
     def is_due(self, now: float, interval: float) -> bool:
         """Whether the client should be told of its new tokens now; the first never wait."""

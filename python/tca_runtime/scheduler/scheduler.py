@@ -203,8 +203,7 @@ class Scheduler:
         )
         launched = None
         if not plan.is_empty:
-            step = self.engine.launch(step_input(plan))
-            launched = self._launched(plan, step, started, between)
+            launched = self._launched(plan, self.engine.launch(step_input(plan)), started, between)
         if plan.long is not None:
             begun = self.engine.begin(step_input(StepPlan([], [plan.long])))
             self._long = LongChunk(plan.long, begun)
@@ -230,9 +229,11 @@ class Scheduler:
         self, plan: StepPlan, step: PendingStep, started: float, between: int = 0
     ) -> LaunchedPlan:
         """Requests whose prompt the step completes decode in the next step already."""
-        for request in plan.decode:
+        views = step.decode_views
+        for request, view in zip(plan.decode, views, strict=False):
             request.num_pending += 1
-        for chunk, view in zip(plan.chunks, step.decode_views, strict=True):
+            self._show(request, view)
+        for chunk, view in zip(plan.chunks, views[len(plan.decode) :], strict=True):
             request = chunk.request
             # One that ended while its long chunk was computed is leaving.
             if chunk.end == request.num_tokens and request not in self.planner.leaving:
@@ -251,26 +252,22 @@ class Scheduler:
 
     def _consume(self, launched: LaunchedPlan) -> None:
         """Wait for a step's tokens, hand them out, reply."""
-        plan, output = launched.plan, launched.step.result()
+        plan, step, output = launched.plan, launched.step, launched.step.result()
         self._record(launched)
         for request, token, entry in zip(
             plan.decode, output.decode_tokens, output.decode_logprobs, strict=True
         ):
             self._append(request, token, entry)
-        for chunk, sampled, entry, prompt, view, mass in zip(
-            plan.chunks,
-            output.chunk_tokens,
-            output.chunk_logprobs,
-            output.prompt_logprobs,
-            launched.step.decode_views,
-            output.dropped_mass,
-            strict=True,
+        masses = zip(plan.requests, step.decode_views, output.dropped_mass, strict=True)
+        for request, view, mass in masses:
+            if view is not None:
+                request.tca = view.report | {"dropped_mass": mass, "retention": self._retention}
+        for chunk, prompt in zip(plan.chunks, output.prompt_logprobs, strict=True):
+            chunk.request.prompt_logprobs += prompt
+        for chunk, sampled, entry in zip(
+            plan.chunks, output.chunk_tokens, output.chunk_logprobs, strict=True
         ):
             request = chunk.request
-            request.prompt_logprobs += prompt
-            if view is not None:
-                report = {"dropped_mass": mass, "retention": self._retention}
-                request.tca = {**view.report, **report}
             if sampled is not None:
                 self._append(request, sampled, entry)
             elif chunk.end == request.num_tokens and request.finish is None:
@@ -294,16 +291,19 @@ class Scheduler:
             request.finish = check_finish(request, self._eos_ids)
 
     def _show(self, request: Request, view: DecodeView | None) -> None:
-        """Let a request decode with the view that its prompt's last chunk selected."""
-        if view is not None or request.selected_at is not None:
+        """Let a request decode with the view that its latest queries selected, if they did."""
+        sequence, cache = request.sequence, self.engine.cache
+        assert sequence is not None
+        if view is not None or request.is_outdated():
             # A refresh that found nothing to select from is not tried again at once.
-            request.selected_at = request.num_tokens
-        if view is None or request.sequence is None:
+            request.selected_at = sequence.computed
+        if view is None:
             return
-        cache = self.engine.cache
-        shown = cache.show(request.sequence, view.lengths, view.slots)
+        shown = cache.show(sequence, view.lengths, view.slots)
         if shown and self._retention == "immediate":
-            cache.prune(request.sequence, view.lists, view.keep)
+            # The ids of the newest tokens may still be on their way.
+            cache.commit(request.namespace, sequence, request.all_tokens[: sequence.computed])
+            cache.prune(sequence, view.lists, view.keep)
 
     def _stream(self, requests: list[Request]) -> None:
         """Tell clients of new tokens, those whose request goes on."""

@@ -162,7 +162,7 @@ class BatchedSelection:
         alike: dict[Ranking, list[int]] = {}
         for number, work in enumerate(chunks):
             if work is not None:
-                alike.setdefault(_ranking(work), []).append(number)
+                alike.setdefault(ranking_of(work), []).append(number)
         self._groups = [
             SelectionGroup(
                 [work for n in numbers if (work := chunks[n]) is not None],
@@ -181,15 +181,6 @@ class BatchedSelection:
             for group in self._groups
             for piece in group.pieces
         ]
-
-    @staticmethod
-    def covers(chunks: Sequence[ChunkSelection | None]) -> bool:
-        """Whether every selection is TCA's over complete lists."""
-        return all(
-            work is None
-            or (isinstance(work.request.settings.policy, TCAPolicy) and work.lists.is_full)
-            for work in chunks
-        )
 
     def __call__(self, layer: int, q: Tensor) -> PieceLists:
         """See ``BatchViewChooser``."""
@@ -211,7 +202,16 @@ class BatchedSelection:
         return self._decode_views.get(chunk)
 
 
-def _ranking(work: ChunkSelection) -> Ranking:
+def covers(chunks: Sequence[ChunkSelection | None]) -> bool:
+    """Whether every selection is TCA's over complete lists."""
+    return all(
+        work is None or (isinstance(work.request.settings.policy, TCAPolicy) and work.lists.is_full)
+        for work in chunks
+    )
+
+
+def ranking_of(work: ChunkSelection) -> Ranking:
+    """What others must share to be selected for together with this chunk."""
     settings = work.request.settings
     assert isinstance(settings.policy, TCAPolicy)
     end = work.lists.end

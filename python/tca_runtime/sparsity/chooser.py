@@ -16,7 +16,7 @@ from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.layout import Layout
 from tca_runtime.sparsity.policies import Candidates
-from tca_runtime.sparsity.selection import LayerScores, select, without_last
+from tca_runtime.sparsity.selection import LayerScores, select
 from tca_runtime.sparsity.settings import BLOCK_SIZE, SparsitySettings
 
 # What of a client's ``custom_params`` is read here.
@@ -52,7 +52,7 @@ class ChunkSelection:
     lists : everything that exists of the request, the chunk's tokens included
     num_tokens : length of the chunk
     prefill : candidates for the chunk's own view, None when its first query sees its whole past
-    sees_past : whether all its queries do
+    sees_past : whether all its queries do; then nothing is chosen for them
     decode : candidates for the decode view, on a prompt's last chunk
     """
 
@@ -137,8 +137,7 @@ class StepSelection:
             self._pool.importance[candidates.slots] = torch.maximum(best, new)
             work.scored.append((candidates, index))
         if work.prefill is None:
-            # In a refresh the request's own lists are the view that is to be replaced.
-            return without_last(scores.lists, work.num_tokens) if work.sees_past else None
+            return None
         index = scores.index(work.prefill, rows)
         candidates = self._candidates(scores, index, settings.block)
         return select(

@@ -101,14 +101,6 @@ def select(
     return Selected(HeadLists(slots, lengths), keep, dropped)
 
 
-def without_last(lists: HeadLists, count: int) -> HeadLists:
-    """The lists but for the last ``count`` entries of each."""
-    keep = torch.ones(len(lists.slots), dtype=torch.bool, device=lists.slots.device)
-    _forget_last(keep, lists, count)
-    lengths = lists.lengths - count
-    return HeadLists(compact(lists.slots, keep, int(lengths.sum())), lengths)
-
-
 def _forget_last(keep: Tensor, lists: HeadLists, count: int) -> None:
     """Set ``keep`` to False for the last ``count`` entries of each list."""
     if count:

@@ -125,7 +125,7 @@ class SparsitySettings:
     first_refresh, refresh : a decode view is selected anew after ``first_refresh`` generated
         tokens, because what an answer needs changes most while it begins, then whenever the
         output has doubled, and every ``refresh`` tokens at the latest
-    refresh_probes : latest queries that score then; they are computed again for it
+    refresh_probes : latest generated tokens at most whose queries score then
     tail : last tokens of a prompt whose queries see their whole past; a question is usually there,
         and what its queries find decides the answer
     one_shot : prompts are computed with full attention, only the decode view is selected
@@ -159,6 +159,11 @@ class SparsitySettings:
             return sys.maxsize
         blocks = max(1, -(-self.min_candidates // self.block))
         return -(-(self.window + blocks * self.block) // quantum) * quantum
+
+    @property
+    def num_refresh_probes(self) -> int:
+        """Queries that score in a refresh: no more than were generated before the first."""
+        return min(self.refresh_probes, self.probes, self.first_refresh, self.refresh)
 
     def refresh_after(self, num_output: int) -> int:
         """Tokens until the next selection after one that was made ``num_output`` tokens in."""

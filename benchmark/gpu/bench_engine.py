@@ -23,6 +23,7 @@ from bench_run import BenchRun
 from engine_driver import (
     CHUNK,
     NAMESPACE,
+    SAMPLING,
     NoRoomError,
     budgets,
     decode_inputs,
@@ -40,6 +41,8 @@ from tca_kernels.move import move_rows
 from tca_runtime.attention.flashinfer_backend import FlashInferBackend, FlashInferPrefill
 from tca_runtime.cache.transfer import COPY_PROGRAMS
 from tca_runtime.engine.engine import Engine
+from tca_runtime.engine.step import DecodeInput, StepInput
+from tca_runtime.sparsity.chooser import RequestSparsity
 
 
 def ceilings(run: BenchRun, engine: Engine) -> None:
@@ -309,6 +312,28 @@ def clock(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+def refreshes(run: BenchRun, engine: Engine) -> None:
+    """A decode step that also selects a new view from the whole context, beside one that does not.
+
+    One request alone: every request that is refreshed costs its own.
+    """
+    engine.warm_up()
+    wanted = settings(budgets(engine, 0.10, ragged=True), budgets(engine, 0.39, ragged=True))
+    for context in (2048,) if run.tiny else (8192, 32768, 131072):
+        done = prefill(engine, random_tokens(engine, context, seed=3), wanted)
+        ms = {}
+        for name, refresh in (("plain", None), ("refresh", RequestSparsity(wanted))):
+            step = StepInput([DecodeInput(done.sequence, SAMPLING, None, refresh)], [])
+            times = []
+            for _ in range(8):
+                assert engine.cache.reserve([done.sequence])
+                times.append(clock(lambda step=step: engine.run(step)))
+            ms[name] = statistics.median(times) * 1e3
+        run.record("refresh", context=context, step_ms=ms["plain"], refresh_step_ms=ms["refresh"])
+        release(engine, done)
+        engine.cache.flush()
+
+
 def long_decode(run: BenchRun, engine: Engine) -> None:
     """One request alone, up to a million tokens."""
     engine.warm_up()
@@ -334,6 +359,7 @@ SECTIONS: dict[str, Callable[[BenchRun, Engine], None]] = {
     "prefill": prefills,
     "breakdown": breakdown,
     "hits": prefix_hits,
+    "refresh": refreshes,
     "long_decode": long_decode,
     "long_prefill": long_prefill,
 }

@@ -173,7 +173,7 @@ def main() -> int:
         gc.collect()
         torch.cuda.empty_cache()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    path = args.output_dir / f"throughput_{Path(args.model).stem}.json"
+    path = args.output_dir / f"throughput_{Path(args.model).name.removesuffix('.gguf')}.json"
     path.write_text(json.dumps(run.results, indent=1))
     print("wrote", path)
     return 0

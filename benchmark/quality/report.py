@@ -67,6 +67,9 @@ def load_records(directory: Path) -> list[Record]:
     return records
 
 
+EARLIER = "w512-0.95.json"
+"""What ``calibrated`` stood for until 27 November 2026: a window of 512, 15 % in prefill views."""
+
 NOTHING = "_Not measured yet._"
 
 Column = tuple[str, Callable[[Cell], str]]
@@ -156,9 +159,12 @@ def _is_plain(c: Configuration) -> bool:
 
 def _is_served(c: Configuration) -> bool:
     """The settings a server has by default, and others it can have with the shipped budgets."""
-    return c.policy == FULL or (
-        c.policy == "tca" and c.calibration == SHIPPED and _is_current(c) and not _is_auto(c)
-    )
+    return c.policy == FULL or (_is_calibrated(c) and _is_current(c) and not _is_auto(c))
+
+
+def _is_calibrated(c: Configuration) -> bool:
+    """TCA with the budgets that come with the runtime, or came with it before."""
+    return c.policy == "tca" and c.calibration in (SHIPPED, EARLIER)
 
 
 def _is_current(c: Configuration) -> bool:
@@ -178,7 +184,8 @@ def _is_part(c: Configuration) -> bool:
 
 def _is_peer(c: Configuration) -> bool:
     """Dense prefill, a window of 128 and the other settings as served."""
-    plain = (c.window, c.block, c.sigma, c.calibration in (None, SHIPPED)) == (128, 64, 2.0, True)
+    plain = (c.window, c.block, c.sigma) == (128, 64, 2.0)
+    plain = plain and c.calibration in (None, SHIPPED, EARLIER)
     few = c.probes == 32 or c.policy in ("h2o", "topk")
     return _is_dense(c) and _is_current(c) and plain and few and not c.options
 
@@ -192,20 +199,35 @@ def _is_dense(c: Configuration) -> bool:
 
 
 RULER_DATA = frozenset(f"ruler-{n}" for n in (4096, 8000, 8192, 16384, 32000))
+VIEWS_DATA = frozenset({"tune39-16384", "tune39-32000", "tune25-8192"})
 TUNE_DATA = frozenset(f"tune-{n}" for n in (4096, 8192, 16384))
 
 SECTIONS = {
     "peers": Section(lambda c: c.policy == FULL or _is_peer(c), lengths=frozenset({"ruler-8192"})),
     "parts": Section(_is_part, lengths=frozenset({"ruler-8192"})),
     "calibrations": Section(
-        lambda c: c.calibration not in (None, SHIPPED) and c.kept is not None,
+        lambda c: c.calibration not in (None, SHIPPED, EARLIER) and c.kept is not None,
         lengths=RULER_DATA | {"tune25-8192", "sessions-8192"},
         modes=frozenset({"", "turns"}),
     ),
     "thresholds": Section(
-        lambda c: c.calibration not in (None, SHIPPED) and c.kept is None,
+        lambda c: c.calibration not in (None, SHIPPED, EARLIER) and c.kept is None,
         (*WHERE, *COLUMNS, SECONDS),
         lengths=RULER_DATA,
+    ),
+    "views": Section(
+        lambda c: (c.policy, c.kept, c.first_refresh) in ((FULL, None, None), ("tca", 0.39, 16)),
+        lengths=VIEWS_DATA,
+    ),
+    "refreshes": Section(
+        lambda c: (
+            c.policy == FULL
+            or (
+                (c.prefill, c.kept, c.calibration, c.tail) == (0.15, 0.39, EARLIER, 512)
+                and c.granularity == 4096
+            )
+        ),
+        lengths=frozenset({"ruler-8192", "ruler-16384"}),
     ),
     "headline": Section(_is_served, lengths=RULER_DATA),
     "tasks": Section(_is_served, lengths=frozenset({"ruler-8192"}), by_task=True),

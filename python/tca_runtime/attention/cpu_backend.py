@@ -24,7 +24,13 @@ from tca_runtime.attention.base import (
     SplitAttention,
     ViewChooser,
 )
-from tca_runtime.attention.cpu_prefill import RequestLists, attend_chunk, attend_run, attend_slots
+from tca_runtime.attention.cpu_prefill import (
+    Gathered,
+    RequestLists,
+    attend_chunk,
+    attend_past,
+    attend_run,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +134,8 @@ class CpuBackend(AttentionBackend):
         def decode(layer: int, q: Tensor, out: Tensor) -> None:
             for b, request in enumerate(requests):
                 rows = q[b].reshape(self.shape.num_kv_heads, self.shape.group, -1)
-                attended, _ = attend_slots(rows, self.kv, request.slots(layer), self.shape.scale)
+                past = Gathered.of(self.kv, request.slots(layer))
+                attended, _ = attend_past(rows, past, self.shape.scale)
                 out[b] = attended.reshape(out[b].shape)
 
         return decode
@@ -160,22 +167,23 @@ class CpuAttention:
         if self.decode is not None:
             self.decode(layer, q, out)
         for index, (tokens, _) in enumerate(self.prefill):
-            slots = self._seen(layer, index, q[tokens])
-            out[tokens] = attend_chunk(q[tokens], k[tokens], v[tokens], self.kv, slots, self.scale)
+            past = self._seen(layer, index, q[tokens])
+            out[tokens] = attend_chunk(q[tokens], k[tokens], v[tokens], past, self.scale)
         return out.view(len(q), -1)
 
     def split(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int, int], Tensor]:
         """See ``SplitAttention``."""
         assert self.decode is None and len(self.prefill) == 1
         self.write(layer, k, v)
-        slots = self._seen(layer, 0, q)
-        return lambda begin, end: attend_run(q, k, v, self.kv, slots, self.scale, begin, end).view(
+        past = self._seen(layer, 0, q)
+        return lambda begin, end: attend_run(q, k, v, past, self.scale, begin, end).view(
             end - begin, -1
         )
 
-    def _seen(self, layer: int, index: int, queries: Tensor) -> Sequence[Tensor]:
+    def _seen(self, layer: int, index: int, queries: Tensor) -> Gathered:
         view = self.choose_view(layer, index, queries) if self.choose_view else None
-        return self.prefill[index][1].slots(layer) if view is None else view.per_head()
+        slots = self.prefill[index][1].slots(layer) if view is None else view.per_head()
+        return Gathered.of(self.kv, slots)
 
 
 def _past(lists: SlotLists, chunk: PrefillChunk) -> tuple[slice, RequestLists]:

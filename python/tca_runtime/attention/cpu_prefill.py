@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,39 +26,49 @@ class RequestLists:
         return [self._arena[start : start + length] for start, length in places]
 
 
-def attend_chunk(
-    q: Tensor, k: Tensor, v: Tensor, kv: Tensor, past: Sequence[Tensor], scale: float
-) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """Keys and values of one layer's lists, one KV head after the other.
+
+    Attributes
+    ----------
+    entries : ``[sum(sizes), 2, D]``
+    sizes : per head, entries of its list
+    """
+
+    entries: Tensor
+    sizes: list[int]
+
+    @staticmethod
+    def of(kv: Tensor, slots: Sequence[Tensor]) -> Gathered:
+        """Copy what ``slots`` (per KV head, int32) list out of ``kv [num_slots, 2, D]``."""
+        rows = kv.flatten(1).index_select(0, torch.cat(tuple(slots)))
+        return Gathered(rows.view(-1, *kv.shape[1:]), [len(head_slots) for head_slots in slots])
+
+
+def attend_chunk(q: Tensor, k: Tensor, v: Tensor, past: Gathered, scale: float) -> Tensor:
     """Attend from a chunk's tokens to the request's past and, causally, to the chunk itself.
 
     Parameters
     ----------
     q : ``[n, Hq, D]``
     k, v : ``[n, Hkv, D]``
-    kv : ``[num_slots, 2, D]``
-    past : per KV head, int32 slots of the list without the chunk's own
+    past : the lists without the chunk's own tokens
 
     Returns
     -------
     ``[n, Hq, D]``
     """
-    return attend_run(q, k, v, kv, past, scale, 0, len(q))
+    return attend_run(q, k, v, past, scale, 0, len(q))
 
 
 def attend_run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv: Tensor,
-    past: Sequence[Tensor],
-    scale: float,
-    begin: int,
-    end: int,
+    q: Tensor, k: Tensor, v: Tensor, past: Gathered, scale: float, begin: int, end: int
 ) -> Tensor:
     """What ``attend_chunk`` returns for the chunk's tokens ``begin`` to ``end``."""
     run = slice(begin, end)
     own = _attend_causal(q[run], k[run], v[run], scale)
-    has_past = any(len(slots) for slots in past)
+    has_past = bool(len(past.entries))
     if begin or has_past:
         rows = _by_head(q[run], k.shape[1]).reshape(k.shape[1], -1, k.shape[2])
     if begin:
@@ -65,29 +76,26 @@ def attend_run(
         out, lse = _flash(rows[:, None], keys, values, causal=False, scale=scale)
         own = _merged(own, out, lse)
     if has_past:
-        own = _merged(own, *attend_slots(rows, kv, past, scale))
+        own = _merged(own, *attend_past(rows, past, scale))
     return own[0].permute(2, 0, 1, 3).reshape(q[run].shape).to(q.dtype)
 
 
-def attend_slots(
-    rows: Tensor, kv: Tensor, slots: Sequence[Tensor], scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend from each KV head's ``rows`` to all of its slots.
+def attend_past(rows: Tensor, past: Gathered, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend from each KV head's ``rows`` to its whole list.
 
     Returns
     -------
     Outputs like ``rows [Hkv, R, D]``, and their float32 log-sum-exp ``[Hkv, R]``, which is
-    minus infinity where a head has no slots.
+    minus infinity where a head's list is empty.
     """
-    sizes = [len(head_slots) for head_slots in slots]
-    gathered = kv.flatten(1).index_select(0, torch.cat(tuple(slots))).view(-1, *kv.shape[1:])
+    sizes = past.sizes
     if min(sizes) == max(sizes):
-        keys, values = gathered.view(len(sizes), -1, *kv.shape[1:]).unbind(2)
+        keys, values = past.entries.view(len(sizes), -1, *past.entries.shape[1:]).unbind(2)
         out, lse = _flash(rows[:, None], keys[:, None], values[:, None], causal=False, scale=scale)
         return out[:, 0], lse[:, 0]
     outs = torch.zeros_like(rows)
     lses = torch.full(rows.shape[:2], -torch.inf)
-    for head, entries in enumerate(torch.split(gathered, sizes)):
+    for head, entries in enumerate(torch.split(past.entries, sizes)):
         if len(entries):
             keys, values = entries.unbind(1)
             out, lse = _flash(

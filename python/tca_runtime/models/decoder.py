@@ -45,7 +45,8 @@ class DecoderPass:
         self._wanted = wanted
         self._unread = wanted is not None and not len(wanted)
         self._parts = self._all_parts()
-        per_layer = -(-len(hidden) // part_tokens) if part_tokens else 1
+        # Where a layer is more than one part, its projections and its selection are parts too.
+        per_layer = 2 - (-len(hidden) // part_tokens) if part_tokens else 1
         self._num_left = (len(layers) - 1) * per_layer + (1 if self._unread else per_layer)
 
     def advance(self, num_parts: int) -> None:
@@ -84,7 +85,9 @@ class DecoderPass:
                 _add(layer, self._hidden, attended)
                 yield
                 continue
+            yield
             attend = cast("SplitAttention", self._attention).split(index, q, k, v)
+            yield
             for begin in range(0, len(q), self._part_tokens):
                 end = min(begin + self._part_tokens, len(q))
                 _add(layer, self._hidden[begin:end], attend(begin, end))

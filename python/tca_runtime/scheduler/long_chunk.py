@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 from tca_runtime.engine.step import BegunStep
@@ -19,7 +20,8 @@ class LongChunk:
     backend can, a part is less than a layer: once it has selected, its tokens are independent.
 
     How long a part takes is learnt from those launched before: its chunk's size, how much it sees
-    and its selection all count. So the first one runs alone.
+    and its selection all count. So the first one runs alone. Parts of a layer differ; where they
+    run as they are launched, no other begins when the time is nearly up.
     """
 
     chunk: PlannedChunk
@@ -35,10 +37,14 @@ class LongChunk:
         """
         before = self.step.parts_left
         if spare == math.inf:
-            count = before
-        else:
-            count = 1 if self._part_seconds is None else round(spare / self._part_seconds)
-        self.step.advance(max(1, count))
+            self.step.advance(before)
+            return before
+        part = math.inf if self._part_seconds is None else self._part_seconds
+        begin = time.perf_counter()
+        for _ in range(max(1, round(spare / part))):
+            self.step.advance(1)
+            if time.perf_counter() - begin + part > spare:
+                break
         return before - self.step.parts_left
 
     def note(self, num_parts: int, seconds: float) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 
 from tca_runtime.config import SchedulerArgs
 
 # Smaller chunks cost more than they hide: weights are read once per step.
 MIN_CHUNK = 32
+# Latest steps that only decoded, whose median is what such a step takes.
+_DECODE_STEPS = 31
 # Share of a new measurement in a running average.
 _SMOOTHING = 0.2
 # The budget grows slowly, so that it seldom overshoots: the longest gaps are what clients notice.
@@ -83,7 +87,7 @@ class PrefillPace:
         self._largest = args.chunk_on(device)
         self._slowdown = args.max_decode_slowdown
         self._budget = float(min(MIN_CHUNK, self._largest))
-        self._decode_seconds: float | None = None
+        self._decode_steps: deque[float] = deque(maxlen=_DECODE_STEPS)
         self._times = ChunkTimes() if device == "cuda" else None
 
     def budget(self, num_decode: int, num_prompts: int = 0) -> int:
@@ -103,21 +107,28 @@ class PrefillPace:
 
     def beyond_decode(self, seconds: float) -> float:
         """How much longer a step took than one that only decodes."""
-        return max(0.0, seconds - (self._decode_seconds or 0.0))
+        return max(0.0, seconds - self._decode_seconds)
 
     def record(self, num_decode: int, num_prompt_tokens: int, seconds: float) -> None:
         """Learn from a step."""
         if not num_decode:
             return
         if not num_prompt_tokens:
-            old = self._decode_seconds
-            self._decode_seconds = seconds if old is None else old + _SMOOTHING * (seconds - old)
-        elif self._decode_seconds is not None:
+            self._decode_steps.append(seconds)
+        elif self._decode_steps:
             self._steer(num_prompt_tokens, seconds - self._decode_seconds)
 
     @property
+    def _decode_seconds(self) -> float:
+        """What a step that only decodes takes, 0 before the first.
+
+        The median: a mean of a few steps follows single slow ones, which a busy machine has.
+        """
+        return statistics.median(self._decode_steps) if self._decode_steps else 0.0
+
+    @property
     def _spare(self) -> float:
-        return (self._slowdown - 1) * (self._decode_seconds or 0.0)
+        return (self._slowdown - 1) * self._decode_seconds
 
     def _steer(self, num_prompt_tokens: int, seconds: float) -> None:
         """Take a mixed step that was ``seconds`` longer than a decode step."""

@@ -29,6 +29,8 @@ from benchmark.serving.metrics import RequestResult
 TOKEN_IDS = range(20, 250)
 # How much longer the longest gaps may get.
 LIMIT = 3.0
+# That a stream may take; a long prompt on a CPU takes minutes.
+MOST_SECONDS = 3600
 # What the limit on steps changes; the last two are servers as they are by default.
 DEFAULT_CASES = ("--max-decode-slowdown 0", "--disable-tca", "")
 
@@ -93,7 +95,7 @@ def _figures(case: Case, judged: bool) -> list[Figure]:
 
 async def _measure(url: str, flags: str, args: argparse.Namespace) -> Case:
     draw = random.Random(args.seed)
-    async with open_http(600) as http:
+    async with open_http(MOST_SECONDS) as http:
         streams = [
             asyncio.create_task(_run(http, url, _prompt(draw, args.stream_prompt), args.stream_len))
             for _ in range(args.streams)

@@ -1,8 +1,10 @@
 """How much do long prompts that arrive slow running streams down?
 
-Starts our server, lets streams decode undisturbed, then sends one long prompt after another, and
-compares the gaps between the pieces of text that the streams receive. Each ``--flags`` is a case of
-its own. Run from the root of the repository: ``python -m benchmark.bench_interference --help``.
+Starts our server, lets streams decode undisturbed, then sends one long prompt after another, then
+leaves the streams alone again, and compares the gaps between the pieces of text that they receive.
+The streams grow while a prompt is computed, and with them their own steps: quiet is the mean of
+before and after. Each ``--flags`` is a case of its own. Run from the root of the repository:
+``python -m benchmark.bench_interference --help``.
 """
 
 from __future__ import annotations
@@ -47,11 +49,13 @@ class Gaps:
 
 @dataclass(frozen=True)
 class Case:
-    """One server. ``ratio`` is of the two 99th percentiles, with long prompts to without."""
+    """One server. ``ratio`` is of 99th percentiles, with long prompts to the mean of the quiet ones
+    before (``quiet``) and after."""
 
     flags: str
     quiet: Gaps
     busy: Gaps
+    after: Gaps
     ratio: float
     long_prompts: int
     long_ttft_s: float
@@ -78,9 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _figures(case: Case, judged: bool) -> list[Figure]:
     name = case.flags.strip() or "defaults"
+    after = f"p50 {case.after.p50_ms:.1f} ms"
     p50 = f"p50 {case.quiet.p50_ms:.1f} -> {case.busy.p50_ms:.1f} ms"
     return [
         Figure(f"{name}: p99 of gaps, quiet", case.quiet.p99_ms, "ms"),
+        Figure(f"{name}: p99 of gaps, quiet again", case.after.p99_ms, "ms", detail=after),
         Figure(f"{name}: p99 of gaps, with long prompts", case.busy.p99_ms, "ms", detail=p50),
         Figure(f"{name}: ratio", case.ratio, "x", limit=LIMIT if judged else None),
         Figure(
@@ -96,6 +102,9 @@ def _figures(case: Case, judged: bool) -> list[Figure]:
 async def _measure(url: str, flags: str, args: argparse.Namespace) -> Case:
     draw = random.Random(args.seed)
     async with open_http(MOST_SECONDS) as http:
+        first = _prompt(draw, args.long_prompt)
+        if args.cached:
+            await _run(http, url, first[: args.cached], 1)
         streams = [
             asyncio.create_task(_run(http, url, _prompt(draw, args.stream_prompt), args.stream_len))
             for _ in range(args.streams)
@@ -105,24 +114,28 @@ async def _measure(url: str, flags: str, args: argparse.Namespace) -> Case:
         quiet_begin = time.perf_counter()
         await asyncio.sleep(args.quiet)
         busy_begin = time.perf_counter()
-        long: list[RequestResult] = []
+        long = [await _run(http, url, first, 1)]
         while time.perf_counter() - busy_begin < args.busy:
             long.append(await _run(http, url, _prompt(draw, args.long_prompt), 1))
         busy_end = time.perf_counter()
+        await asyncio.sleep(args.quiet)
+        end = time.perf_counter()
         if any(stream.done() for stream in streams):
             raise SystemExit("error: a stream ended too soon; raise --stream-len")
         await _abort_all(http, url)
         results = await asyncio.gather(*streams)
-    quiet = _gaps(results, quiet_begin, busy_begin)
+    quiet, after = _gaps(results, quiet_begin, busy_begin), _gaps(results, busy_end, end)
     busy = _gaps(results, busy_begin, busy_end)
     return Case(
         flags=flags,
         quiet=quiet,
         busy=busy,
-        ratio=busy.p99_ms / quiet.p99_ms,
+        after=after,
+        # The streams grow meanwhile, and their own steps with them.
+        ratio=2 * busy.p99_ms / (quiet.p99_ms + after.p99_ms),
         long_prompts=len(long),
         long_ttft_s=float(np.mean([result.e2e for result in long])),
-        prefill_tokens_per_s=len(long) * args.long_prompt / (busy_end - busy_begin),
+        prefill_tokens_per_s=(len(long) * args.long_prompt - args.cached) / (busy_end - busy_begin),
         # The streams ran until they were aborted, or the measurement would have stopped.
         errors=[result.error for result in long if result.error],
     )
@@ -187,6 +200,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stream-prompt", type=int, default=64, help="their prompts' tokens")
     parser.add_argument("--stream-len", type=int, default=4000, help="tokens they may generate")
     parser.add_argument("--long-prompt", type=int, default=7000, help="tokens of a long prompt")
+    parser.add_argument(
+        "--cached",
+        type=int,
+        default=0,
+        help="its tokens that are computed before the streams",
+    )
     parser.add_argument("--settle", type=float, default=3, help="unmeasured seconds at first")
     parser.add_argument("--quiet", type=float, default=12, help="seconds without long prompts")
     parser.add_argument("--busy", type=float, default=25, help="seconds with them, at least")

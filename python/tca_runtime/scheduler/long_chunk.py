@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from tca_runtime.engine.step import BegunStep
 from tca_runtime.scheduler.planner import PlannedChunk
 
+# Decode steps with parts before them to one without.
+REST_EVERY = 16
+
 
 @dataclass(eq=False)
 class LongChunk:
@@ -21,15 +24,17 @@ class LongChunk:
 
     How long a part takes is learnt from those launched before: its chunk's size, how much it sees
     and its selection all count. So the first one runs alone. Parts of a layer differ; where they
-    run as they are launched, no other begins when the time is nearly up.
+    run as they are launched, no other begins when the time is nearly up. Now and then a step has
+    none, and shows what decoding alone takes by now.
     """
 
     chunk: PlannedChunk
     step: BegunStep
     _part_seconds: float | None = None
+    _num_turns: int = 0
 
     def advance(self, spare: float) -> int:
-        """Launch about as many parts as ``spare`` seconds are enough for, at least one.
+        """Launch about as many parts as ``spare`` seconds are enough for, at least one, or rest.
 
         Returns
         -------
@@ -39,6 +44,9 @@ class LongChunk:
         if spare == math.inf:
             self.step.advance(before)
             return before
+        self._num_turns += 1
+        if self._num_turns % REST_EVERY == 0:
+            return 0
         part = math.inf if self._part_seconds is None else self._part_seconds
         begin = time.perf_counter()
         for _ in range(max(1, round(spare / part))):

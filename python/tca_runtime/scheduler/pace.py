@@ -11,7 +11,7 @@ from tca_runtime.config import SchedulerArgs
 # Smaller chunks cost more than they hide: weights are read once per step.
 MIN_CHUNK = 32
 # Latest steps that only decoded, whose median is what such a step takes.
-_DECODE_STEPS = 31
+_DECODE_STEPS = 9
 # Share of a new measurement in a running average.
 _SMOOTHING = 0.2
 # The budget grows slowly, so that it seldom overshoots: the longest gaps are what clients notice.

@@ -305,6 +305,8 @@ class StepPlanner:
             self.prefilling.remove(request)
         if not request.num_output:
             request.prompt_logprobs = []
+        # Its next place in the view table has no queries of its tokens that a refresh could use.
+        request.selected_at = None
         request.num_retractions += 1
         self.num_retractions += 1
         self.waiting.add(request)

@@ -20,7 +20,7 @@ from tca_kernels.score import probe_scores
 from tca_kernels.select import block_scores, select
 from tca_runtime.attention.base import AttentionShape, PieceLists
 from tca_runtime.cache.slot_pool import SlotPool
-from tca_runtime.sparsity.batched_decode import BatchedDecodeViews, Ranking
+from tca_runtime.sparsity.batched_decode import BatchedDecodeViews, Ranking, joined
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 
@@ -67,8 +67,7 @@ class SelectionGroup:
         self._shape = shape
         self._pool = pool
         self._ranking = ranking
-        lists = [work.lists.slots for work in works]
-        self._arena = lists[0] if len(lists) == 1 else torch.cat(lists)
+        self._arena = joined([work.lists.slots for work in works])
         device = self._arena.device
         sizes = np.array([work.lists.num_slots for work in works])
         self.pieces = [
@@ -187,7 +186,7 @@ class BatchedSelection:
         chosen = [group.choose(layer, q) for group in self._groups]
         slots = [views.slots for views, _ in chosen]
         return PieceLists(
-            slots[0] if len(slots) == 1 else torch.cat(slots),
+            joined(slots),
             np.concatenate([lengths for _, lengths in chosen]),
         )
 

@@ -129,7 +129,7 @@ class BatchedDecodeViews:
         rows, ranking = self._shape.rows, self._ranking
         blocks = [one.num_candidates // ranking.block for one in scored]
         counts = [b.level_counts(n) for b, n in zip(budgets, blocks, strict=True)]
-        scores = _joined([one.scores for one in scored])
+        scores = joined([one.scores for one in scored])
         chosen = select(
             scores,
             block_scores(scores, ranking.block, ranking.score),
@@ -138,7 +138,7 @@ class BatchedDecodeViews:
             ranking.levels,
             descending=ranking.descending,
         )
-        arena = _joined([one.work.lists.slots for one in scored])
+        arena = joined([one.work.lists.slots for one in scored])
         lengths = torch.tensor([one.num_tokens for one in scored]).repeat_interleave(rows)
         candidates = torch.tensor([one.num_candidates for one in scored]).repeat_interleave(rows)
         start = upload(lengths.cumsum(0) - lengths, arena.device)
@@ -178,5 +178,6 @@ class BatchedDecodeViews:
         return parts
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One after the other; a single one is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

@@ -14,7 +14,7 @@ from tca_runtime.attention.base import AttentionShape
 from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.sparsity.batched import covers, ranking_of
-from tca_runtime.sparsity.batched_decode import BatchedDecodeViews, Ranking
+from tca_runtime.sparsity.batched_decode import BatchedDecodeViews, Ranking, joined
 from tca_runtime.sparsity.chooser import (
     ChunkSelection,
     DecodeView,
@@ -103,7 +103,7 @@ def _at_once(
     """All layers of all requests are items of one scoring."""
     works = [job.work for job in jobs]
     lists = [work.lists for work in works]
-    arena = lists[0].slots if len(lists) == 1 else torch.cat([one.slots for one in lists])
+    arena = joined([one.slots for one in lists])
     lengths = torch.tensor([one.end for one in lists]).repeat_interleave(shape.rows)
     start = upload(lengths.cumsum(0) - lengths, arena.device).view(-1, shape.num_kv_heads)
     counts = [work.decode.num_candidates if work.decode is not None else 0 for work in works]

@@ -174,41 +174,26 @@ class PlanRunner:
         """Run one stage."""
         path, part = self._args.data / f"{stage.data}.jsonl.xz", self._args.part
         labels = {"model": Path(self._args.model).name, "data": stage.data}
+        kind = Session if stage.modes else Passage if stage.is_likelihood else Sample
+        items: list[Any] = part.take(samples.read(path, kind)[: stage.limit])
+        if not items:
+            # More processes than samples.
+            return
+        common = stage.configurations, self._records, labels, self._deadline
         if stage.modes:
             self._lab = None
             lab.release()
             run_conversations(
                 self._loaded,
                 self._tokenizer,
-                part.take(samples.read(path, Session)[: stage.limit]),
+                items,
                 stage.modes,
-                stage.configurations,
-                self._records,
-                labels,
-                self._deadline,
+                *common,
                 self._args.attention_backend,
             )
             return
         if self._lab is None:
             backend = self._args.attention_backend
             self._lab = Lab(self._loaded, tokens=self._args.tokens, backend=backend)
-        if stage.is_likelihood:
-            run_likelihood(
-                self._lab,
-                self._tokenizer,
-                part.take(samples.read(path, Passage)[: stage.limit]),
-                stage.configurations,
-                self._records,
-                labels,
-                self._deadline,
-            )
-            return
-        run_answers(
-            self._lab,
-            self._tokenizer,
-            part.take(samples.read(path, Sample)[: stage.limit]),
-            stage.configurations,
-            self._records,
-            labels,
-            self._deadline,
-        )
+        measure = run_likelihood if stage.is_likelihood else run_answers
+        measure(self._lab, self._tokenizer, items, *common)

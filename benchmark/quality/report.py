@@ -12,15 +12,16 @@ import json
 import lzma
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmark.quality.cells import FULL, Cell, cells
-from benchmark.quality.configurations import SHIPPED, Configuration
-from benchmark.quality.conversations import MODES
+from benchmark.quality.cells import Cell, cells
+from benchmark.quality.ladder import ladder_table
 from benchmark.quality.records import Record, read
+from benchmark.quality.sections import SECTIONS
+from benchmark.quality.tables import ALL_COLUMNS, NOTHING, markdown, number, table
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "quality"
@@ -46,10 +47,12 @@ def run(args: argparse.Namespace) -> None:
     path = args.results / "summary.json"
     path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     page = args.page.read_text(encoding="utf-8")
-    args.page.write_text(
-        fill(page, found, {"books": books(records), "errors": errors(args.results)}),
-        encoding="utf-8",
-    )
+    others = {
+        "books": books(records),
+        "errors": errors(args.results),
+        "ladder": ladder_table(records),
+    }
+    args.page.write_text(fill(page, found, others), encoding="utf-8")
     from benchmark.quality.plots import draw
 
     draw(found, args.images)
@@ -65,213 +68,6 @@ def load_records(directory: Path) -> list[Record]:
         else:
             records += read(path)
     return records
-
-
-EARLIER = "w512-0.95.json"
-"""What ``calibrated`` stood for until 27 November 2026: a window of 512, 15 % in prefill views."""
-
-NOTHING = "_Not measured yet._"
-
-Column = tuple[str, Callable[[Cell], str]]
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-ACCURACY: Column = ("accuracy", lambda c: str(c.accuracy))
-COLUMNS: tuple[Column, ...] = (
-    ("configuration", lambda c: f"`{c.key.config}`"),
-    ("samples", lambda c: str(c.num_samples)),
-    ("kept %", lambda c: _number(None if c.kept is None else 100 * c.kept)),
-    ACCURACY,
-    ("minus full", lambda c: "" if c.key.config == FULL else str(c.difference)),
-)
-WHERE: tuple[Column, ...] = (
-    ("model", lambda c: c.key.model),
-    ("data", lambda c: c.key.data),
-    ("mode", lambda c: c.key.mode),
-)
-MEMORY: Column = ("on device %", lambda c: _number(None if c.memory is None else 100 * c.memory))
-DROPPED: Column = (
-    "dropped mass %",
-    lambda c: _number(None if c.dropped is None else 100 * c.dropped, 2),
-)
-TURNS: Column = ("by turn", lambda c: ", ".join(f"{v:.0f}" for v in c.by_turn.values()))
-SECONDS: Column = ("seconds", lambda c: f"{c.seconds:.0f}")
-ALL_COLUMNS = (*WHERE, *COLUMNS, MEMORY, DROPPED, TURNS, SECONDS)
-
-
-def table(found: Sequence[Cell], columns: Sequence[Column]) -> str:
-    """A Markdown table; columns that are empty everywhere are left out."""
-    if not found:
-        return NOTHING
-    rows = [[text(cell) for _, text in columns] for cell in found]
-    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
-    lines = [[columns[i][0] for i in used], ["---"] * len(used)]
-    lines += [[row[i] for i in used] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def task_table(found: Sequence[Cell]) -> str:
-    """Tasks down, configurations across."""
-    names = sorted({task for cell in found for task in cell.by_task})
-    head = ["task", *(f"`{c.key.config}`" for c in found)]
-    lines = [head, ["---"] * len(head)]
-    for name in names:
-        lines.append([name, *(_number(c.by_task.get(name), 0) for c in found)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A part of the page: which cells, and how they are shown.
-
-    ``wanted`` looks at the cell's configuration; sections of single prompts have no modes.
-    """
-
-    wanted: Callable[[Configuration], bool]
-    columns: Sequence[Column] = (*WHERE, *COLUMNS)
-    modes: frozenset[str] = frozenset({""})
-    lengths: frozenset[str] = frozenset()
-    by_task: bool = False
-
-    def cells(self, found: Sequence[Cell]) -> list[Cell]:
-        return [
-            cell
-            for cell in found
-            if cell.key.mode in self.modes
-            and (not self.lengths or cell.key.data in self.lengths)
-            and self.wanted(Configuration.parse(cell.key.config))
-        ]
-
-
-def _is_plain(c: Configuration) -> bool:
-    """The settings of the first runs: uniform budgets, no tail, a selection every 2048."""
-    first = (c.probes, c.window, c.block, c.granularity, c.tail, c.refresh)
-    return (
-        first == (32, 512, 64, 2048, 0, 1024)
-        and not c.options
-        and c.max_dropped_mass is None
-        and c.calibration is None
-    )
-
-
-def _is_served(c: Configuration) -> bool:
-    """The settings a server has by default, and others it can have with the shipped budgets."""
-    return c.policy == FULL or (_is_calibrated(c) and _is_current(c) and not _is_auto(c))
-
-
-def _is_calibrated(c: Configuration) -> bool:
-    """TCA with the budgets that come with the runtime, or came with it before."""
-    return c.policy == "tca" and c.calibration in (SHIPPED, EARLIER)
-
-
-def _is_current(c: Configuration) -> bool:
-    """Tail, granularity and refreshes as a server has them by default."""
-    now = (c.tail, c.granularity, c.first_refresh, c.refresh_probes)
-    return now == (512, 4096, 16, 8)
-
-
-def _is_auto(c: Configuration) -> bool:
-    return c.max_dropped_mass is not None
-
-
-def _is_part(c: Configuration) -> bool:
-    """Differs in one thing from ``tca p100 k25`` or ``tca p15 k39`` with uniform budgets."""
-    return c.policy == "tca" and c.first_refresh == 16 and c.calibration is None and not _is_auto(c)
-
-
-def _is_peer(c: Configuration) -> bool:
-    """Dense prefill, a window of 128 and the other settings as served."""
-    plain = (c.window, c.block, c.sigma) == (128, 64, 2.0)
-    plain = plain and c.calibration in (None, SHIPPED, EARLIER)
-    few = c.probes == 32 or c.policy in ("h2o", "topk")
-    return _is_dense(c) and _is_current(c) and plain and few and not c.options
-
-
-def _is_first(c: Configuration) -> bool:
-    return c.policy == FULL or (c.policy == "tca" and c.prefill == 0.15 and _is_plain(c))
-
-
-def _is_dense(c: Configuration) -> bool:
-    return c.policy != FULL and c.prefill == 1.0
-
-
-RULER_DATA = frozenset(f"ruler-{n}" for n in (4096, 8000, 8192, 16384, 32000))
-VIEWS_DATA = frozenset({"tune39-16384", "tune39-32000", "tune25-8192"})
-TUNE_DATA = frozenset(f"tune-{n}" for n in (4096, 8192, 16384))
-
-SECTIONS = {
-    "peers": Section(lambda c: c.policy == FULL or _is_peer(c), lengths=frozenset({"ruler-8192"})),
-    "parts": Section(_is_part, lengths=frozenset({"ruler-8192"})),
-    "calibrations": Section(
-        lambda c: c.calibration not in (None, SHIPPED, EARLIER) and c.kept is not None,
-        lengths=RULER_DATA | {"tune25-8192", "sessions-8192"},
-        modes=frozenset({"", "turns"}),
-    ),
-    "thresholds": Section(
-        lambda c: c.calibration not in (None, SHIPPED, EARLIER) and c.kept is None,
-        (*WHERE, *COLUMNS, SECONDS),
-        lengths=RULER_DATA,
-    ),
-    "views": Section(
-        lambda c: (c.policy, c.kept, c.first_refresh) in ((FULL, None, None), ("tca", 0.39, 16)),
-        lengths=VIEWS_DATA,
-    ),
-    "refreshes": Section(
-        lambda c: (
-            c.policy == FULL
-            or (
-                (c.prefill, c.kept, c.calibration, c.tail) == (0.15, 0.39, EARLIER, 512)
-                and c.granularity == 4096
-            )
-        ),
-        lengths=frozenset({"ruler-8192", "ruler-16384"}),
-    ),
-    "headline": Section(_is_served, lengths=RULER_DATA),
-    "tasks": Section(_is_served, lengths=frozenset({"ruler-8192"}), by_task=True),
-    "first": Section(_is_first, lengths=RULER_DATA),
-    "prefill": Section(
-        lambda c: c.policy == "tca" and c.kept == 0.39 and _is_plain(c),
-        lengths=frozenset({"ruler-8192"}),
-    ),
-    "policies": Section(
-        lambda c: c.policy == FULL or (_is_dense(c) and _is_plain(c)), lengths=RULER_DATA
-    ),
-    "scores": Section(
-        lambda c: _is_dense(c) and c.first_refresh is None and bool(c.options), lengths=RULER_DATA
-    ),
-    "probes": Section(
-        lambda c: _is_dense(c) and c.first_refresh is None and c.probes != 32, lengths=RULER_DATA
-    ),
-    "windows": Section(
-        lambda c: _is_dense(c) and c.first_refresh is None and c.window != 512, lengths=RULER_DATA
-    ),
-    "blocks": Section(
-        lambda c: c.first_refresh is None and (c.block, c.sigma) != (64, 2.0), lengths=RULER_DATA
-    ),
-    "auto": Section(lambda c: c.max_dropped_mass is not None, (*WHERE, *COLUMNS, DROPPED)),
-    "granularity": Section(
-        lambda c: (
-            c.prefill == 0.15
-            and not c.tail
-            and (c.granularity != 2048 or c.probes != 32 or bool(c.options))
-        ),
-        lengths=RULER_DATA,
-    ),
-    "tuning": Section(lambda c: True, lengths=TUNE_DATA),
-    "quarter": Section(lambda c: True, lengths=frozenset({"tune25-8192"})),
-    "short": Section(lambda c: True, lengths=frozenset({"gsm8k-2048", "mmlu-2048"})),
-    "conversations": Section(
-        lambda c: True, (*WHERE, *COLUMNS, TURNS), frozenset({"visible", "turns", "users"})
-    ),
-    "pressure": Section(
-        lambda c: True,
-        (*WHERE, *COLUMNS, MEMORY, TURNS),
-        frozenset(MODES) - {"visible", "turns", "users"},
-    ),
-}
 
 
 def books(records: Sequence[Record]) -> str:
@@ -293,7 +89,7 @@ def books(records: Sequence[Record]) -> str:
         lines.append([model, data, f"`{config}`", str(len(members)), kept])
         lines[-1] += [f"{np.exp(mean('nll')):.3f}", f"{100 * mean('agree'):.1f}"]
         lines[-1] += [f"{mean('kl'):.4f}", f"{mean('same'):.1f}"]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def errors(directory: Path) -> str:
@@ -304,15 +100,15 @@ def errors(directory: Path) -> str:
     for path in sorted(directory.glob("errors-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         for config, layers in found["configurations"].items():
-            for number in sorted({round(i * (len(layers) - 1) / 5) for i in range(6)}):
-                layer = layers[number]
+            for index in sorted({round(i * (len(layers) - 1) / 5) for i in range(6)}):
+                layer = layers[index]
                 fields = ("error", "diameter", "theorem", "worst_ratio", "accumulated")
-                row = [found["model"], f"`{config}`", str(number)]
+                row = [found["model"], f"`{config}`", str(index)]
                 row.append(f"{100 * layer['dropped_mass']:.2f}")
-                lines.append([*row, *(_number(layer.get(field), 3) for field in fields)])
+                lines.append([*row, *(number(layer.get(field), 3) for field in fields)])
     if len(lines) == 2:
         return NOTHING
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def fill(page: str, found: Sequence[Cell], others: Mapping[str, str]) -> str:
@@ -332,16 +128,7 @@ def fill(page: str, found: Sequence[Cell], others: Mapping[str, str]) -> str:
             return f"<!-- begin {name} -->\n{others[name]}\n<!-- end {name} -->"
         if name not in SECTIONS:
             raise ValueError(f"the page has an unknown section {name!r}")
-        section = SECTIONS[name]
-        chosen = section.cells(found)
-        if chosen and section.by_task:
-            models = dict.fromkeys(cell.key.model for cell in chosen)
-            text = "\n\n".join(
-                f"{model}:\n\n{task_table([c for c in chosen if c.key.model == model])}"
-                for model in models
-            )
-        else:
-            text = table(chosen, section.columns)
+        text = SECTIONS[name].show(found)
         return f"<!-- begin {name} -->\n{text}\n<!-- end {name} -->"
 
     pattern = r"<!-- begin ([\w-]+) -->.*?<!-- end \1 -->"

@@ -13,10 +13,12 @@ import pytest
 
 from benchmark.quality import report
 from benchmark.quality.cells import cells
-from benchmark.quality.report import books, errors, fill, load_records, task_table
+from benchmark.quality.ladder import ladder_table
+from benchmark.quality.report import books, errors, fill, load_records
 from benchmark.quality.statistics import bootstrap
+from benchmark.quality.tables import NOTHING, lost_table, task_table
 
-SERVED = "tca p15 k39 every4096 tail512 first16 latest8 calibrated"
+SERVED = "tca p39 k39 every4096 tail512 first16 latest8 window128 calibrated"
 
 
 def answer(config: str, task: str, number: int, score: float, **more: Any) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def test_the_page_is_filled_between_its_marks() -> None:
     assert "| hopeless | 10 | 100 |" in filled
     assert "<!-- begin books -->\nno books\n<!-- end books -->" in filled
     assert fill(filled, cells(records), others) == filled
-    assert report.NOTHING in fill(page, [], others)
+    assert NOTHING in fill(page, [], others)
     with pytest.raises(ValueError, match="nonsense"):
         fill("<!-- begin nonsense --><!-- end nonsense -->", [], {})
 
@@ -151,6 +153,35 @@ def test_tasks_that_a_configuration_lacks_stay_empty() -> None:
     assert lines[3] == "| hard | 50 | 36 |  |"
 
 
+def test_losses_stand_side_by_side() -> None:
+    lines = lost_table(cells(some_records())).splitlines()
+    assert lines[0] == "| configuration | m ruler-8192 |"
+    assert lines[2].startswith(f"| `{SERVED}` | -10.0 [") and lines[2].endswith("] (20) |")
+    assert "full" not in "".join(lines[2:])
+
+
+def test_the_ladder_takes_the_smallest_ratio_within_a_limit() -> None:
+    """Ratios that keep more drop less; half of the questions need 20 %, half 50 %."""
+    records = []
+    for number in range(20):
+        needs = 20 if number % 2 else 50
+        records.append(answer("full", "easy", number, 1.0))
+        for ratio, dropped in ((10, 0.095), (20, 0.065), (30, 0.045), (39, 0.035), (50, 0.025)):
+            config = SERVED.replace("k39", f"k{ratio}")
+            score = float(ratio >= needs)
+            records.append(answer(config, "easy", number, score, kept=ratio / 100, dropped=dropped))
+    # Not asked at every ratio: counts nowhere.
+    records += [answer("full", "easy", 99, 1.0), answer(SERVED, "easy", 99, 0.0, kept=0.39)]
+    rows = {
+        line.split(" | ")[2]: line.split(" | ")[3:] for line in ladder_table(records).split("\n")
+    }
+    assert rows["39 %"][0] == "39.0" and rows["39 %"][1].startswith("-50.0 [")
+    assert rows["at most 5 % dropped"] == rows["30 %"]
+    assert rows["at most 2 % dropped"] == rows["50 %"], "no ratio is within the limit"
+    assert rows["the least that answers as well"][0] == "35.0"
+    assert rows["the least that answers as well"][1].startswith("0.0 [")
+
+
 def test_books_have_a_row_per_configuration() -> None:
     shared = {"kind": "likelihood", "model": "m", "data": "books-8192", "config": "full"}
     records = [{**shared, "nll": n, "agree": 1.0, "kl": 0.0, "same": 64} for n in (1.0, 3.0)]
@@ -160,7 +191,7 @@ def test_books_have_a_row_per_configuration() -> None:
 
 
 def test_errors_show_a_few_layers(tmp_path: Path) -> None:
-    assert errors(tmp_path) == report.NOTHING
+    assert errors(tmp_path) == NOTHING
     layer = {"dropped_mass": 0.02, "error": 0.1, "diameter": 0.5, "theorem": 0.9}
     layers = [{**layer, "worst_ratio": 0.4, "accumulated": 0.01 * i} for i in range(24)]
     found = {"model": "m", "configurations": {"tca p100 k39": layers}}

@@ -1,0 +1,136 @@
+"""What a limit on the dropped mass would have kept, from the answers at every kept ratio.
+
+Auto mode (``max_dropped_mass``) takes the smallest ratio whose dropped mass is within the limit.
+Where a question was answered at several ratios, the answer at any limit is therefore among them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmark.quality.cells import FULL, LEAST_FULL
+from benchmark.quality.configurations import SHIPPED, Configuration
+from benchmark.quality.records import Record
+from benchmark.quality.statistics import bootstrap
+from benchmark.quality.tables import markdown
+
+# Percent of the attention mass.
+LIMITS = (2, 3, 4, 5, 6, 7, 8, 9)
+# Ratios without which a model's answers are no ladder.
+FEWEST_RATIOS = 5
+
+Question = tuple[str, str, str, int]
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Questions that one model answered at every ratio.
+
+    Attributes
+    ----------
+    ratios : kept, ascending ``[R]``
+    strata : data set and task of each question ``[Q]``
+    scores, kept, dropped : ``[Q, R]``
+    full : scores with full attention ``[Q]``
+    """
+
+    ratios: tuple[float, ...]
+    strata: tuple[str, ...]
+    scores: Array
+    kept: Array
+    dropped: Array
+    full: Array
+
+    def within(self, limit: float) -> NDArray[np.int64]:
+        """Which ratio a limit on the dropped mass takes for each question; the largest if none."""
+        fits = self.dropped <= limit
+        fits[:, -1] = True
+        return fits.argmax(axis=1)
+
+    def enough(self) -> NDArray[np.int64]:
+        """The smallest ratio from which on no answer is worse than with full attention."""
+        right = self.scores >= self.full[:, None] - 1e-9
+        right[:, -1] = True
+        onwards = np.logical_and.accumulate(right[:, ::-1], axis=1)[:, ::-1]
+        return onwards.argmax(axis=1)
+
+    def row(self, name: str, taken: NDArray[np.int64]) -> list[str]:
+        """Kept share and loss when question ``q`` is answered at ratio ``taken[q]``."""
+        rows = np.arange(len(taken))
+        lost = self.scores[rows, taken] - self.full
+        kept = bootstrap(self.kept[rows, taken].tolist(), self.strata)
+        return [name, f"{kept.mean:.1f}", str(bootstrap(lost.tolist(), self.strata))]
+
+
+def ladder_table(records: Iterable[Record]) -> str:
+    """Markdown: fixed ratios, limits and the least that would have done, by model."""
+    by_model: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record["kind"] in ("answer", "turn"):
+            by_model[record["model"]].append(record)
+    lines = [["model", "questions", "what is kept", "kept %", "minus full"], ["---"] * 5]
+    for model, answers in by_model.items():
+        if (ladder := _ladder(answers)) is None:
+            continue
+        count = len(ladder.full)
+        named = [
+            (f"{ratio:.0%}".replace("%", " %"), np.full(count, i))
+            for i, ratio in enumerate(ladder.ratios)
+        ]
+        named += [(f"at most {limit} % dropped", ladder.within(limit / 100)) for limit in LIMITS]
+        named.append(("the least that answers as well", ladder.enough()))
+        lines += [[model, str(count), *ladder.row(name, taken)] for name, taken in named]
+    return markdown(lines)
+
+
+def _ladder(records: Sequence[Record]) -> Ladder | None:
+    """Of the shipped budgets' answers, those to questions that were asked at every ratio."""
+    full: dict[Question, Record] = {}
+    answers: dict[Question, dict[float, Record]] = defaultdict(dict)
+    for record in records:
+        question = (record["data"], record.get("mode", ""), record["sample"], record.get("turn", 0))
+        if record["config"] == FULL:
+            full[question] = record
+        elif ratio := _rung(record["config"]):
+            answers[question][ratio] = record
+    ratios = tuple(sorted({ratio for found in answers.values() for ratio in found}))
+    groups: dict[str, list[Question]] = defaultdict(list)
+    for question, found in answers.items():
+        if question in full and len(found) == len(ratios):
+            groups[question[0] + question[1] + full[question]["task"]].append(question)
+    counting = {
+        name: members
+        for name, members in groups.items()
+        if np.mean([full[question]["score"] for question in members]) >= LEAST_FULL
+    }
+    if len(ratios) < FEWEST_RATIOS or not counting:
+        return None
+    asked = [(name, question) for name, members in counting.items() for question in members]
+
+    def field(name: str) -> Array:
+        return np.array([[answers[q][ratio].get(name, 1.0) for ratio in ratios] for _, q in asked])
+
+    return Ladder(
+        ratios=ratios,
+        strata=tuple(name for name, _ in asked),
+        scores=field("score"),
+        kept=field("kept"),
+        dropped=field("dropped"),
+        full=np.array([full[question]["score"] for _, question in asked]),
+    )
+
+
+def _rung(name: str) -> float | None:
+    """The kept ratio, where nothing else differs from the server's defaults."""
+    found = Configuration.parse(name)
+    default = Configuration.parse(
+        f"tca p39 k39 every4096 tail512 first16 latest8 window128 {SHIPPED}"
+    )
+    same = replace(found, name="", kept=None) == replace(default, name="", kept=None)
+    return found.kept if same else None

@@ -1,9 +1,10 @@
 """How much do long prompts that arrive slow running streams down?
 
 Starts our server, lets streams decode undisturbed, then sends one long prompt after another, then
-leaves the streams alone again, and compares the gaps between the pieces of text that they receive.
-The streams grow while a prompt is computed, and with them their own steps: quiet is the mean of
-before and after. Each ``--flags`` is a case of its own. Run from the root of the repository:
+leaves the streams alone again, and compares the gaps between the tokens that they receive (not
+between pieces of text, which may have to wait until a character is whole). The streams grow while
+a prompt is computed, and with them their own steps: quiet is the mean of before and after. Each
+``--flags`` is a case of its own. Run from the root of the repository:
 ``python -m benchmark.bench_interference --help``.
 """
 
@@ -39,7 +40,7 @@ DEFAULT_CASES = ("--max-decode-slowdown 0", "--disable-tca", "")
 
 @dataclass(frozen=True)
 class Gaps:
-    """Milliseconds between pieces of text, over all streams."""
+    """Milliseconds between a stream's tokens, over all streams."""
 
     count: int
     p50_ms: float
@@ -173,11 +174,11 @@ async def _abort_all(http: aiohttp.ClientSession, url: str) -> None:
 
 
 def _gaps(results: Sequence[RequestResult], begin: float, end: float) -> Gaps:
-    """Of the pieces that arrived in a period."""
+    """Of the tokens that arrived in a period."""
     gaps = [
         (later - earlier) * 1000
         for result in results
-        for earlier, later in pairwise(result.text_times)
+        for earlier, later in pairwise(result.token_times)
         if begin <= later < end
     ]
     p50, p99 = np.percentile(gaps, [50, 99]).tolist()

@@ -94,6 +94,7 @@ async def stream(
     """POST ``body`` and fold every event into a result with ``read``."""
     state = StreamState()
     times: list[float] = []
+    token_times: list[float] = []
     error: str | None = None
     start = time.perf_counter()
     try:
@@ -103,10 +104,12 @@ async def stream(
             async for event in _events(response.content):
                 if event.get("error"):
                     raise ServerError(_message(json.dumps(event)))
-                length = len(state.text)
+                length, tokens = len(state.text), state.completion_tokens
                 read(state, event)
                 if len(state.text) > length:
                     times.append(time.perf_counter())
+                if state.completion_tokens > tokens:
+                    token_times.append(time.perf_counter())
         if state.prompt_tokens is None:
             raise ServerError("the server reported no token counts (usage)")
     except TimeoutError:
@@ -117,6 +120,7 @@ async def stream(
         start=start,
         end=time.perf_counter(),
         text_times=tuple(times),
+        token_times=tuple(token_times),
         text=state.text,
         output_ids=state.output_ids,
         prompt_tokens=state.prompt_tokens or 0,

@@ -14,7 +14,8 @@ import numpy as np
 class RequestResult:
     """One finished request. Times are seconds of one monotonic clock.
 
-    ``text_times`` holds the arrival of every chunk that carried new text. Token counts are the
+    ``text_times`` holds the arrival of every chunk that carried new text, ``token_times`` of every
+    chunk that counted more tokens (SGLang's count them in each chunk). Token counts are the
     server's own; ``cached_tokens`` and ``server_latency`` are None where it does not report them.
     A failed request has ``error`` set and counts for nothing else.
     """
@@ -22,6 +23,7 @@ class RequestResult:
     start: float
     end: float
     text_times: tuple[float, ...] = ()
+    token_times: tuple[float, ...] = ()
     text: str = ""
     output_ids: tuple[int, ...] = ()
     prompt_tokens: int = 0

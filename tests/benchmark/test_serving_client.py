@@ -57,6 +57,12 @@ def test_reply_is_read(server: FakeServer, backend: Backend) -> None:
     assert again.cached_tokens == again.prompt_tokens == first.prompt_tokens > 3
 
 
+def test_tokens_are_timed_where_every_chunk_counts_them(server: FakeServer) -> None:
+    result = ask(server, "sglang", "one two three")
+    assert len(result.token_times) == result.completion_tokens
+    assert ask(server, "openai", "one two three").token_times == (pytest.approx(0, abs=1e12),)
+
+
 def test_sglang_reports_ids_and_latency(server: FakeServer) -> None:
     r = ask(server, "sglang", "hello")
     assert r.output_ids == (0, 1, 2, 3)

@@ -128,21 +128,38 @@ def test_pieces_of_a_chunk_choose_as_chunks_of_their_own_would() -> None:
         assert torch.equal(alone(0, q[3 + 50 * i : 53 + 50 * i]).slots, piece)
 
 
-def test_one_shot_selects_the_decode_view_alone() -> None:
-    wanted = settings(one_shot=True, granularity=50)
-    both = select_both(RequestSparsity(wanted), 300, 150, True)
+def attended(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return q.flatten(1) + layer
+
+
+def run_layers(chooser: BatchedSelection, q: torch.Tensor) -> None:
+    """What a forward pass does for chunks that attend to everything."""
+    attention = chooser.watching(attended)
+    for layer in range(2):
+        assert torch.equal(attention(layer, q, q, q), q.flatten(1) + layer)
+
+
+@pytest.mark.parametrize("size", [150, 6])
+def test_one_shot_selects_the_decode_view_alone(size: int) -> None:
+    """Also of a chunk shorter than the probes wanted."""
+    wanted = settings(one_shot=True, granularity=200)
+    both = select_both(RequestSparsity(wanted), 300, size, True)
     one, many, q, lists = both.one, both.many, both.q, both.lists
-    ends = [350, 400, 450]
+    assert not many.chunks and not many.pieces, "attends as in full attention"
     for layer in range(2):
         assert one(layer, 0, q[3:]) is None
-        seen = many(layer, q)
-        assert seen.lengths.tolist() == [[end, end] for end in ends]
-        rows = lists.dense()[2 * layer : 2 * layer + 2]
-        assert torch.equal(seen.slots, torch.cat([row[:end] for end in ends for row in rows]))
+    run_layers(many, q)
     left, right = one.decode_view(0), many.decode_view(0)
     assert left is not None and right is not None
-    assert torch.equal(left.slots, right.slots)
+    assert equal_views(left, right)
     assert len(left.slots) < lists.num_slots
+    assert torch.equal(both.pools[0].importance, both.pools[1].importance)
+
+
+def test_a_chunk_that_chooses_nothing_keeps_no_queries() -> None:
+    both = select_both(RequestSparsity(settings()), 400, 100, True)
+    assert both.many.chunks == frozenset([0])
+    assert both.many.watching(attended) is attended
 
 
 def test_mass_limit_takes_the_smallest_rung_that_holds() -> None:
@@ -171,6 +188,7 @@ def test_requests_of_a_step_choose_as_each_would_alone() -> None:
         (RequestSparsity(limited, max_dropped_mass=0.2), 320, 50, True, False),
         (RequestSparsity(limited), 320, 50, True, False),
         (RequestSparsity(base), 40, 30, True, False),
+        (RequestSparsity(base), 0, 120, True, False),
     ]
     totals = [past + size for _, past, size, _, _ in requests]
     pool = filled_pool(sum(totals) * SHAPE.rows)
@@ -196,8 +214,10 @@ def test_requests_of_a_step_choose_as_each_would_alone() -> None:
         for number, (work, start) in enumerate(zip(planned(), starts, strict=True))
         if work is not None
     }
-    assert together.chunks == frozenset(alone)
+    assert together.chunks == frozenset(alone) - {3, 7}, "one sees its past whole, one has none"
     by_start = {starts[number]: chooser for number, chooser in alone.items()}
+    for chooser in (together, *alone.values()):
+        run_layers(chooser, q)
     for layer in range(2):
         found = together(layer, q)
         ends = found.lengths.sum(axis=1).cumsum()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import tca_runtime.sparsity.refresh as refreshing
+import tca_runtime.sparsity.batched_decode as batched_decode
 from tca_runtime.attention.base import AttentionShape
 from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.slot_pool import SlotPool
@@ -93,7 +93,7 @@ def test_requests_refreshed_together_get_what_each_gets_layer_by_layer(
     kept = RecentQueries(len(requests), 4, SHAPE)
     kept._rings.normal_()
     # Fewer entries than all requests have: several runs.
-    monkeypatch.setattr(refreshing, "ENTRIES_AT_ONCE", 3000)
+    monkeypatch.setattr(batched_decode, "ENTRIES_AT_ONCE", 3000)
     together = refresh(requests, kept, SHAPE, pools[0], batched=True)
     alone = refresh(requests, kept, SHAPE, pools[1], batched=False)
     assert [view is None for view in together] == [i == 4 for i in range(len(requests))]

@@ -263,6 +263,8 @@ class Engine:
         if ids:
             tokens = torch.cat([tokens, self._upload(np.concatenate(ids))])
         attention = self.backend.begin(self._attention_step(step, indices, chunks, selection))
+        if isinstance(selection, BatchedSelection):
+            attention = selection.watching(attention)
         where, wanted = self._upload(np.concatenate(positions)), _wanted(step)
         if num_decode and self._queries is not None:
             attention = self._queries.recording(attention, indices, where[:num_decode])
@@ -278,6 +280,7 @@ class Engine:
     ) -> AttentionStep:
         views = self.cache.views
         decode = prefill = None
+        batched = selection if isinstance(selection, BatchedSelection) else None
         new_slots: list[Tensor] = []
         if step.decode:
             self.cache.step([d.sequence for d in step.decode], indices)
@@ -294,7 +297,7 @@ class Engine:
             prefill=prefill,
             new_slots=torch.cat(new_slots, dim=1),
             choose_view=selection if isinstance(selection, StepSelection) else None,
-            choose_views=selection if isinstance(selection, BatchedSelection) else None,
+            choose_views=batched if batched is not None and batched.chunks else None,
         )
 
     def _indices(self, indices: list[int]) -> Tensor:

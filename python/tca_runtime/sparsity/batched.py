@@ -18,10 +18,11 @@ from tca_kernels.dispatch import upload
 from tca_kernels.gather import ViewSlots, view_slots
 from tca_kernels.score import probe_scores
 from tca_kernels.select import block_scores, select
-from tca_runtime.attention.base import AttentionShape, PieceLists
+from tca_runtime.attention.base import AttentionShape, LayerAttention, PieceLists
 from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.sparsity.batched_decode import BatchedDecodeViews, Ranking, joined
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView
+from tca_runtime.sparsity.last_queries import LastQueries
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 
 
@@ -149,7 +150,11 @@ class SelectionGroup:
 
 
 class BatchedSelection:
-    """The ``BatchViewChooser`` of one forward pass."""
+    """The ``BatchViewChooser`` of one forward pass.
+
+    Chunks that see everything are none of its ``chunks``; if they end a prompt, ``watching`` keeps
+    what their decode views are chosen by.
+    """
 
     def __init__(
         self,
@@ -158,21 +163,28 @@ class BatchedSelection:
         chunks: Sequence[ChunkSelection | None],
         token_starts: Sequence[int],
     ) -> None:
-        alike: dict[Ranking, list[int]] = {}
+        choosing: dict[Ranking, list[int]] = {}
+        ending: dict[Ranking, list[int]] = {}
         for number, work in enumerate(chunks):
             if work is not None:
+                chooses = any(piece.num_candidates for piece in _pieces(number, work, 0))
+                alike = choosing if chooses else ending
                 alike.setdefault(ranking_of(work), []).append(number)
+
+        def of(numbers: Sequence[int]) -> list[ChunkSelection]:
+            return [work for number in numbers if (work := chunks[number]) is not None]
+
         self._groups = [
-            SelectionGroup(
-                [work for n in numbers if (work := chunks[n]) is not None],
-                [token_starts[n] for n in numbers],
-                ranking,
-                shape,
-                pool,
-            )
-            for ranking, numbers in alike.items()
+            SelectionGroup(of(numbers), [token_starts[n] for n in numbers], ranking, shape, pool)
+            for ranking, numbers in choosing.items()
         ]
-        self._numbers = list(alike.values())
+        self._ending: list[LastQueries] = []
+        for ranking, numbers in ending.items():
+            works = of(numbers)
+            ends = [token_starts[n] + w.num_tokens for n, w in zip(numbers, works, strict=True)]
+            self._ending.append(LastQueries(works, ends, ranking, shape, pool))
+        self._numbers = list(choosing.values())
+        self._ending_numbers = list(ending.values())
         self._decode_views: dict[int, DecodeView] | None = None
         self.chunks = frozenset(number for numbers in self._numbers for number in numbers)
         self.pieces: Sequence[tuple[int, int]] = [
@@ -190,6 +202,18 @@ class BatchedSelection:
             np.concatenate([lengths for _, lengths in chosen]),
         )
 
+    def watching(self, attention: LayerAttention) -> LayerAttention:
+        """``attention`` that also keeps the queries of chunks for which nothing is chosen."""
+        if not self._ending:
+            return attention
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for queries in self._ending:
+                queries.keep(layer, q)
+            return attention(layer, q, k, v)
+
+        return attend
+
     def decode_view(self, chunk: int) -> DecodeView | None:
         """See ``StepSelection.decode_view``."""
         if self._decode_views is None:
@@ -198,6 +222,8 @@ class BatchedSelection:
                 for group, numbers in zip(self._groups, self._numbers, strict=True)
                 for place, view in zip(group.decode_chunks, group.decode_views(), strict=True)
             }
+            for queries, numbers in zip(self._ending, self._ending_numbers, strict=True):
+                self._decode_views |= zip(numbers, queries.decode_views(), strict=True)
         return self._decode_views.get(chunk)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,16 @@ from torch import Tensor
 
 from tca_kernels.dispatch import upload
 from tca_kernels.gather import view_slots
+from tca_kernels.score import probe_scores
 from tca_kernels.select import BlockScore, Selection, block_scores, select
 from tca_runtime.attention.base import AttentionShape
 from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.sparsity.budget import BudgetTable, levels
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, rungs
 from tca_runtime.sparsity.policies.tca import TCAPolicy
+
+# List entries that are scored together; bounds the memory of their lists and scores.
+ENTRIES_AT_ONCE = 1 << 27
 
 # Importances raised at a time: bounds what their int64 slots take.
 REMEMBERED_AT_ONCE = 1 << 24
@@ -176,6 +180,64 @@ class BatchedDecodeViews:
         # Assigning a number through an index would make the host wait for the device.
         keep.index_fill_(0, begins + chosen.indices, True)
         return parts
+
+
+def views_of_queries(
+    works: Sequence[ChunkSelection],
+    latest: Tensor,
+    ranking: Ranking,
+    shape: AttentionShape,
+    pool: SlotPool,
+) -> list[DecodeView]:
+    """Decode views by queries that are at hand: all layers of many requests in one scoring.
+
+    Parameters
+    ----------
+    works : each with candidates for its decode view
+    latest : ``[B, L, P, Hq, D]``, the queries of each request's last ``ranking.probes`` tokens
+    """
+    views: list[DecodeView] = []
+    for part in _bounded([work.lists.num_slots for work in works]):
+        views += _views_at_once(works[part], latest[part], ranking, shape, pool)
+    return views
+
+
+def _views_at_once(
+    works: Sequence[ChunkSelection],
+    latest: Tensor,
+    ranking: Ranking,
+    shape: AttentionShape,
+    pool: SlotPool,
+) -> list[DecodeView]:
+    lists = [work.lists for work in works]
+    arena = joined([one.slots for one in lists])
+    lengths = torch.tensor([one.end for one in lists]).repeat_interleave(shape.rows)
+    start = upload(lengths.cumsum(0) - lengths, arena.device).view(-1, shape.num_kv_heads)
+    counts = [work.decode.num_candidates if work.decode is not None else 0 for work in works]
+    scores = probe_scores(
+        latest.flatten(0, 1),
+        pool.kv,
+        arena,
+        start,
+        lengths.view(start.shape),
+        torch.tensor(counts).repeat_interleave(shape.rows).view(start.shape),
+        shape.scale,
+    )
+    views = BatchedDecodeViews(works, ranking, shape, pool)
+    views.add(scores.split([count * shape.rows for count in counts]))
+    return views.choose()
+
+
+def _bounded(sizes: Sequence[int]) -> Iterator[slice]:
+    """Runs of requests whose lists have ``ENTRIES_AT_ONCE`` entries at most, but one at least."""
+    begin, entries = 0, 0
+    for place, size in enumerate(sizes):
+        if place > begin and entries + size > ENTRIES_AT_ONCE:
+            yield slice(begin, place)
+            begin, entries = place, 0
+        entries += size
+    if begin < len(sizes):
+        yield slice(begin, len(sizes))
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tca_kernels.dispatch import upload
 from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.radix_tree import Namespace, PrefixMatch, RadixTree, Tokens
-from tca_runtime.cache.reclaim import CoreChooser, Reclaimer
+from tca_runtime.cache.reclaim import CoreChooser, ReclaimCounts, Reclaimer
 from tca_runtime.cache.sequence import Sequence
 from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.cache.transfer import Transfers, create_transfers
@@ -246,6 +246,11 @@ class CacheManager:
     def flush(self) -> None:
         """Drop every unlocked prefix."""
         self.reclaimer.evict_all()
+
+    def reset(self) -> None:
+        """Drop every unlocked prefix and what was counted so far."""
+        self.flush()
+        self.reclaimer.counts = ReclaimCounts()
 
     def usage(self) -> CacheUsage:
         host = self.reclaimer.host

@@ -36,6 +36,7 @@ from tca_runtime.messages import (
 from tca_runtime.models.errors import ModelError
 from tca_runtime.scheduler.choices import kv_cache_gib, log_choices
 from tca_runtime.scheduler.outbox import Outbox
+from tca_runtime.scheduler.rehearsal import rehearse
 from tca_runtime.scheduler.repetition import create_repetition
 from tca_runtime.scheduler.scheduler import Scheduler
 from tca_runtime.sparsity.chooser import REQUEST_PARAMS
@@ -108,6 +109,8 @@ def _build(config: RuntimeConfig, inbox: Receiver[ToScheduler], outbox: Outbox) 
     engine.warm_up()
     model = engine.model_config
     context_length = config.model.context_length or model.max_position
+    if engine.device.type == "cuda":
+        rehearse(config, engine, context_length)
     tokenizer = load_tokenizer(config.model)
     grammars = GrammarCompiler(tokenizer, model.vocab_size, model.eos_token_ids)
     repetition = create_repetition(

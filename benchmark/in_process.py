@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmark.workers.engine_loop import in_memory_scheduler
 from tca_runtime.config import RuntimeConfig
 from tca_runtime.engine.engine import Engine
 from tca_runtime.messages import TokenOutput
 from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.scheduler.in_memory import in_memory_scheduler
 
 
 @dataclass(frozen=True)

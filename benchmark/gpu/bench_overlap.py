@@ -27,13 +27,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from benchmark.workers.engine_loop import in_memory_scheduler
 from tca_runtime.config import CacheArgs, ModelArgs, RuntimeConfig, SchedulerArgs, SparsityArgs
 from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.output import LaunchedStep
 from tca_runtime.engine.step import StepInput
 from tca_runtime.messages import AbortRequest
 from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.scheduler.in_memory import in_memory_scheduler
 
 SLEEP_CYCLES = 40_000_000
 PROBES = 9

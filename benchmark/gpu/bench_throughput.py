@@ -25,7 +25,6 @@ import torch
 from bench_run import BenchRun
 from transformers_peer import TransformersPeer
 
-from benchmark.workers.engine_loop import in_memory_scheduler
 from tca_runtime.config import (
     CacheArgs,
     ModelArgs,
@@ -36,6 +35,7 @@ from tca_runtime.config import (
 from tca_runtime.engine.engine import Engine
 from tca_runtime.models.config import NAMED_CONFIGS
 from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.scheduler.in_memory import in_memory_scheduler
 from tca_runtime.scheduler.rehearsal import rehearse
 
 Prompts = list[list[int]]

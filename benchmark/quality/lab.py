@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from benchmark.quality.configurations import Configuration
-from benchmark.workers.engine_loop import in_memory_scheduler
 from tca_runtime.config import (
     AttentionArgs,
     CacheArgs,
@@ -24,6 +23,7 @@ from tca_runtime.engine.engine import Engine
 from tca_runtime.messages import LogprobOptions, TokenOutput
 from tca_runtime.models.loader import LoadedModel, load_model
 from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.scheduler.in_memory import in_memory_scheduler
 from tca_runtime.sparsity.core import SharedCore
 from tca_runtime.sparsity.load import shipped
 

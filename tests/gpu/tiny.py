@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from benchmark.workers.engine_loop import in_memory_scheduler
 from tca_runtime.config import (
     AttentionArgs,
     CacheArgs,
@@ -21,6 +20,7 @@ from tca_runtime.config import (
 )
 from tca_runtime.engine.engine import Engine
 from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.scheduler.in_memory import in_memory_scheduler
 
 LAYERS, HIDDEN, Q_HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB = 3, 128, 4, 2, 64, 256, 260
 

@@ -91,6 +91,17 @@ def equal_views(left: DecodeView | None, right: DecodeView | None) -> bool:
     )
 
 
+def attended(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return q.flatten(1) + layer
+
+
+def run_layers(chooser: BatchedSelection, q: torch.Tensor) -> None:
+    """What a forward pass does beside choosing."""
+    attention = chooser.watching(attended)
+    for layer in range(2):
+        assert torch.equal(attention(layer, q, q, q), q.flatten(1) + layer)
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("kind", ["raw-hhi", "normalised-hhi", "mass"])
 @pytest.mark.parametrize("direction", ["many", "few"])
@@ -107,6 +118,7 @@ def test_one_piece_equals_the_layer_by_layer_choice(last: bool, kind: str, direc
         expected = [torch.cat(pair) for pair in zip(view.per_head(), own, strict=True)]
         assert torch.equal(views.slots, torch.cat(expected))
         assert views.lengths.tolist() == [(view.lengths + 100).tolist()]
+    run_layers(many, q)
     left, right = one.decode_view(0), many.decode_view(0)
     assert (left is None) == (right is None) == (not last)
     assert equal_views(left, right)
@@ -128,17 +140,6 @@ def test_pieces_of_a_chunk_choose_as_chunks_of_their_own_would() -> None:
         assert torch.equal(alone(0, q[3 + 50 * i : 53 + 50 * i]).slots, piece)
 
 
-def attended(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return q.flatten(1) + layer
-
-
-def run_layers(chooser: BatchedSelection, q: torch.Tensor) -> None:
-    """What a forward pass does for chunks that attend to everything."""
-    attention = chooser.watching(attended)
-    for layer in range(2):
-        assert torch.equal(attention(layer, q, q, q), q.flatten(1) + layer)
-
-
 @pytest.mark.parametrize("size", [150, 6])
 def test_one_shot_selects_the_decode_view_alone(size: int) -> None:
     """Also of a chunk shorter than the probes wanted."""
@@ -156,8 +157,8 @@ def test_one_shot_selects_the_decode_view_alone(size: int) -> None:
     assert torch.equal(both.pools[0].importance, both.pools[1].importance)
 
 
-def test_a_chunk_that_chooses_nothing_keeps_no_queries() -> None:
-    both = select_both(RequestSparsity(settings()), 400, 100, True)
+def test_a_chunk_that_ends_no_prompt_keeps_no_queries() -> None:
+    both = select_both(RequestSparsity(settings()), 400, 100, False)
     assert both.many.chunks == frozenset([0])
     assert both.many.watching(attended) is attended
 
@@ -168,7 +169,7 @@ def test_mass_limit_takes_the_smallest_rung_that_holds() -> None:
     one, many, q = both.one, both.many, both.q
     for layer in range(2):
         one(layer, 0, q[3:])
-        many(layer, q)
+    run_layers(many, q)
     left, right = one.decode_view(0), many.decode_view(0)
     assert left is not None and right is not None
     assert float(right.dropped_mass) <= 0.2

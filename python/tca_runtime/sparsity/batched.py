@@ -20,7 +20,7 @@ from tca_kernels.score import probe_scores
 from tca_kernels.select import block_scores, select
 from tca_runtime.attention.base import AttentionShape, LayerAttention, PieceLists
 from tca_runtime.cache.slot_pool import SlotPool
-from tca_runtime.sparsity.batched_decode import BatchedDecodeViews, Ranking, joined
+from tca_runtime.sparsity.batched_decode import Ranking, joined
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView
 from tca_runtime.sparsity.last_queries import LastQueries
 from tca_runtime.sparsity.policies.tca import TCAPolicy
@@ -36,7 +36,6 @@ class Piece:
     token_start : place on the step's token axis
     begin, end : absolute positions
     num_candidates : tokens from the list's begin on that may be dropped
-    num_scored : tokens that are scored; more where the decode view is chosen from them too
     """
 
     chunk: int
@@ -44,7 +43,6 @@ class Piece:
     begin: int
     end: int
     num_candidates: int
-    num_scored: int
 
     @property
     def token_end(self) -> int:
@@ -76,7 +74,7 @@ class SelectionGroup:
             for number, (work, start) in enumerate(zip(works, token_starts, strict=True))
             for piece in _pieces(number, work, start)
         ]
-        scored = [piece for piece in self.pieces if piece.num_scored]
+        scored = [piece for piece in self.pieces if piece.num_candidates]
         row_starts = [
             (offset + np.arange(shape.rows) * work.lists.end).reshape(shape.num_layers, -1)
             for offset, work in zip(sizes.cumsum() - sizes, works, strict=True)
@@ -86,12 +84,8 @@ class SelectionGroup:
         self._counts = self._by_head([p.num_candidates for p in self.pieces])
         self._blocks = self._counts.flatten() // ranking.block
         self._lengths = self._by_head([p.end for p in self.pieces])
-        self._score_counts = self._by_head([p.num_scored for p in scored])
+        self._score_counts = self._by_head([p.num_candidates for p in scored])
         self._score_lengths = self._by_head([p.end for p in scored])
-        self._score_sizes = [p.num_scored * shape.num_kv_heads for p in scored]
-        self._candidates = _prefixes(
-            self._by_head([p.num_candidates for p in scored]), self._score_counts, device
-        )
         ends = torch.tensor([p.token_end for p in scored], dtype=torch.int64)
         self._probe_index = upload(ends[:, None] + torch.arange(-ranking.probes, 0), device)
         per_piece = [
@@ -99,13 +93,6 @@ class SelectionGroup:
             for p in self.pieces
         ]
         self._levels = torch.from_numpy(np.stack(per_piece, axis=1))
-        # The last of a chunk's pieces scores for the decode view too.
-        last = {p.chunk: i for i, p in enumerate(scored)}
-        self._decode = [i for chunk, i in last.items() if works[chunk].decode is not None]
-        self.decode_chunks = [scored[i].chunk for i in self._decode]
-        self._decode_views = BatchedDecodeViews(
-            [works[chunk] for chunk in self.decode_chunks], ranking, shape, pool
-        )
 
     def choose(self, layer: int, q: Tensor) -> tuple[ViewSlots, NDArray[np.int64]]:
         """The pieces' lists in one layer, own tokens included, and their lengths."""
@@ -122,15 +109,9 @@ class SelectionGroup:
         views = view_slots(self._arena, start, self._counts, self._lengths, chosen)
         return views, views.indptr.diff().view(len(self.pieces), -1).numpy()
 
-    def decode_views(self) -> list[DecodeView]:
-        """After the last layer: what the prompts' last pieces chose, by ``decode_chunks``."""
-        return self._decode_views.choose()
-
     def _score(self, layer: int, q: Tensor) -> Tensor:
-        """Importances of the pieces' candidates; those of decode views are kept aside."""
-        if not len(self._probe_index):
-            return torch.empty(0, dtype=torch.float32, device=q.device)
-        scores = probe_scores(
+        """Importances of the pieces' candidates."""
+        return probe_scores(
             q[self._probe_index],
             self._pool.kv,
             self._arena,
@@ -139,10 +120,6 @@ class SelectionGroup:
             self._score_counts,
             self._shape.scale,
         )
-        if self._decode:
-            by_piece = scores.split(self._score_sizes)
-            self._decode_views.add([by_piece[i] for i in self._decode])
-        return scores if self._candidates is None else scores[self._candidates]
 
     def _by_head(self, values: Sequence[int]) -> Tensor:
         column = torch.tensor(values, dtype=torch.int64)[:, None]
@@ -152,8 +129,8 @@ class SelectionGroup:
 class BatchedSelection:
     """The ``BatchViewChooser`` of one forward pass.
 
-    Chunks that see everything are none of its ``chunks``; if they end a prompt, ``watching`` keeps
-    what their decode views are chosen by.
+    Chunks that see everything are none of its ``chunks``. Of those that end a prompt ``watching``
+    keeps the last queries, by which the decode views are chosen after the pass.
     """
 
     def __init__(
@@ -166,10 +143,12 @@ class BatchedSelection:
         choosing: dict[Ranking, list[int]] = {}
         ending: dict[Ranking, list[int]] = {}
         for number, work in enumerate(chunks):
-            if work is not None:
-                chooses = any(piece.num_candidates for piece in _pieces(number, work, 0))
-                alike = choosing if chooses else ending
-                alike.setdefault(ranking_of(work), []).append(number)
+            if work is None:
+                continue
+            if any(piece.num_candidates for piece in _pieces(number, work, 0)):
+                choosing.setdefault(ranking_of(work, _shortest(work)), []).append(number)
+            if work.decode is not None:
+                ending.setdefault(ranking_of(work, work.num_tokens), []).append(number)
 
         def of(numbers: Sequence[int]) -> list[ChunkSelection]:
             return [work for number in numbers if (work := chunks[number]) is not None]
@@ -178,15 +157,19 @@ class BatchedSelection:
             SelectionGroup(of(numbers), [token_starts[n] for n in numbers], ranking, shape, pool)
             for ranking, numbers in choosing.items()
         ]
-        self._ending: list[LastQueries] = []
-        for ranking, numbers in ending.items():
-            works = of(numbers)
-            ends = [token_starts[n] + w.num_tokens for n, w in zip(numbers, works, strict=True)]
-            self._ending.append(LastQueries(works, ends, ranking, shape, pool))
-        self._numbers = list(choosing.values())
+        self._ending = [
+            LastQueries(
+                of(numbers),
+                [token_starts[n] + w.num_tokens for n, w in zip(numbers, of(numbers), strict=True)],
+                ranking,
+                shape,
+                pool,
+            )
+            for ranking, numbers in ending.items()
+        ]
         self._ending_numbers = list(ending.values())
         self._decode_views: dict[int, DecodeView] | None = None
-        self.chunks = frozenset(number for numbers in self._numbers for number in numbers)
+        self.chunks = frozenset(number for numbers in choosing.values() for number in numbers)
         self.pieces: Sequence[tuple[int, int]] = [
             (piece.token_start, piece.end - piece.begin)
             for group in self._groups
@@ -203,7 +186,7 @@ class BatchedSelection:
         )
 
     def watching(self, attention: LayerAttention) -> LayerAttention:
-        """``attention`` that also keeps the queries of chunks for which nothing is chosen."""
+        """``attention`` that also keeps the last queries of chunks that end a prompt."""
         if not self._ending:
             return attention
 
@@ -217,11 +200,7 @@ class BatchedSelection:
     def decode_view(self, chunk: int) -> DecodeView | None:
         """See ``StepSelection.decode_view``."""
         if self._decode_views is None:
-            self._decode_views = {
-                numbers[place]: view
-                for group, numbers in zip(self._groups, self._numbers, strict=True)
-                for place, view in zip(group.decode_chunks, group.decode_views(), strict=True)
-            }
+            self._decode_views = {}
             for queries, numbers in zip(self._ending, self._ending_numbers, strict=True):
                 self._decode_views |= zip(numbers, queries.decode_views(), strict=True)
         return self._decode_views.get(chunk)
@@ -235,26 +214,34 @@ def covers(chunks: Sequence[ChunkSelection | None]) -> bool:
     )
 
 
-def ranking_of(work: ChunkSelection) -> Ranking:
+def ranking_of(work: ChunkSelection, num_queries: int) -> Ranking:
     """What others must share to be selected for together with this chunk."""
     settings = work.request.settings
     assert isinstance(settings.policy, TCAPolicy)
+    return Ranking(settings.policy, settings.block, min(settings.probes, num_queries))
+
+
+def _shortest(work: ChunkSelection) -> int:
+    """Tokens of the shortest piece."""
     end = work.lists.end
-    shortest = min(np.diff(_cuts(end - work.num_tokens, end, settings.granularity)).tolist())
-    return Ranking(settings.policy, settings.block, min(settings.probes, shortest))
+    cuts = _cuts(end - work.num_tokens, end, work.request.settings.granularity)
+    return min(np.diff(cuts).tolist())
 
 
 def _pieces(chunk: int, work: ChunkSelection, token_start: int) -> list[Piece]:
     settings = work.request.settings
     end = work.lists.end
     cuts = _cuts(end - work.num_tokens, end, settings.granularity)
-    pieces = []
-    for a, b in zip(cuts, cuts[1:], strict=False):
-        count = 0 if work.sees_past else settings.num_candidates(a)
-        decode = work.decode.num_candidates if work.decode is not None and b == end else 0
-        start = token_start + a - cuts[0]
-        pieces.append(Piece(chunk, start, a, b, count, max(count, decode)))
-    return pieces
+    return [
+        Piece(
+            chunk,
+            token_start + a - cuts[0],
+            a,
+            b,
+            0 if work.sees_past else settings.num_candidates(a),
+        )
+        for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
 
 
 def _cuts(begin: int, end: int, granularity: int) -> list[int]:
@@ -276,16 +263,3 @@ def _piece_starts(
     empty = np.zeros((*row_starts[0].shape[:1], 0, row_starts[0].shape[1]), dtype=np.int64)
     stacked = [row_starts[piece.chunk][:, None] for piece in pieces]
     return upload(torch.from_numpy(np.concatenate([empty, *stacked], axis=1)), device)
-
-
-def _prefixes(counts: Tensor, sizes: Tensor, device: torch.device) -> Tensor | None:
-    """Flat places of each row's first ``counts`` entries of ``sizes``; None for all of them."""
-    counts, sizes = counts.flatten(), sizes.flatten()
-    if torch.equal(counts, sizes):
-        return None
-    total = int(counts.sum())
-    # What all rows before one leave out.
-    gaps = (sizes - counts).cumsum(0) - (sizes - counts)
-    table = upload(torch.stack((gaps, counts)), device)
-    shift = torch.repeat_interleave(table[0], table[1], output_size=total)
-    return shift + torch.arange(total, device=device)

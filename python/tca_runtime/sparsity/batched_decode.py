@@ -65,44 +65,39 @@ class _Scored:
 
 
 class BatchedDecodeViews:
-    """Gathers scores layer by layer, chooses at the end.
+    """Chooses from what all layers' candidates have scored.
 
     Parameters
     ----------
-    works : of the prompts that end, each with candidates for its decode view
+    works : each with candidates for its decode view
+    scores : of each, float32 ``[rows * num_candidates]``
     """
 
     def __init__(
         self,
         works: Sequence[ChunkSelection],
+        scores: Sequence[Tensor],
         ranking: Ranking,
         shape: AttentionShape,
         pool: SlotPool,
     ) -> None:
-        self._works = works
+        self._scored = [
+            _Scored(work, num_candidates(work), own)
+            for work, own in zip(works, scores, strict=True)
+        ]
         self._ranking = ranking
         self._shape = shape
         self._pool = pool
-        self._scores: list[Sequence[Tensor]] = []
-
-    def add(self, scores: Sequence[Tensor]) -> None:
-        """One layer's scores: of each request float32 ``[Hkv * candidates]``."""
-        self._scores.append(scores)
 
     def choose(self) -> list[DecodeView]:
-        """After the last layer, each request's view; remembers the scores in the pool."""
-        scored = []
-        for work, layers in zip(self._works, zip(*self._scores, strict=True), strict=True):
-            assert work.decode is not None
-            scored.append(_Scored(work, work.decode.num_candidates, torch.cat(layers)))
-        self._scores = []
-        for one in scored:
+        """Each request's view; remembers the scores in the pool."""
+        for one in self._scored:
             self._remember(one)
-        free = [one for one in scored if one.work.request.max_dropped_mass is None]
+        free = [one for one in self._scored if one.work.request.max_dropped_mass is None]
         together = iter(self._views(free, [one.work.request.settings.decode for one in free]))
         return [
             next(together) if one.work.request.max_dropped_mass is None else self._climb(one)
-            for one in scored
+            for one in self._scored
         ]
 
     def _climb(self, one: _Scored) -> DecodeView:
@@ -213,7 +208,7 @@ def _views_at_once(
     arena = joined([one.slots for one in lists])
     lengths = torch.tensor([one.end for one in lists]).repeat_interleave(shape.rows)
     start = upload(lengths.cumsum(0) - lengths, arena.device).view(-1, shape.num_kv_heads)
-    counts = [work.decode.num_candidates if work.decode is not None else 0 for work in works]
+    counts = [num_candidates(work) for work in works]
     scores = probe_scores(
         latest.flatten(0, 1),
         pool.kv,
@@ -223,9 +218,13 @@ def _views_at_once(
         torch.tensor(counts).repeat_interleave(shape.rows).view(start.shape),
         shape.scale,
     )
-    views = BatchedDecodeViews(works, ranking, shape, pool)
-    views.add(scores.split([count * shape.rows for count in counts]))
-    return views.choose()
+    by_request = scores.split([count * shape.rows for count in counts])
+    return BatchedDecodeViews(works, by_request, ranking, shape, pool).choose()
+
+
+def num_candidates(work: ChunkSelection) -> int:
+    """Tokens from the list's begin on that a decode view may drop."""
+    return work.decode.num_candidates if work.decode is not None else 0
 
 
 def _bounded(sizes: Sequence[int]) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""The last queries of prompts whose last chunk sees everything: what chooses their decode views."""
+"""The last queries of prompts: what chooses the views that their requests decode with."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView
 class LastQueries:
     """Keeps queries layer by layer, scores all layers at once after the pass.
 
-    A chunk for which nothing is chosen needs no selection in any layer: it attends as in full
-    attention, and scoring its queries afterwards takes a few launches instead of a few per layer.
+    That takes a few launches instead of a few per layer. A chunk that sees everything needs no
+    selection in any layer then, and attends as in full attention.
 
     Parameters
     ----------

@@ -60,7 +60,7 @@ def refresh(
         probes = one.request.settings.num_refresh_probes
         work = ChunkSelection.plan(one.request, one.parts, probes, True, sees_past=True)
         if work is not None:
-            ranking = ranking_of(work) if batched and covers([work]) else None
+            ranking = ranking_of(work, probes) if batched and covers([work]) else None
             alike.setdefault(ranking, []).append(_Job(place, work, one.view))
     for ranking, jobs in alike.items():
         if ranking is None:

@@ -145,8 +145,10 @@ class BatchedSelection:
         for number, work in enumerate(chunks):
             if work is None:
                 continue
-            if any(piece.num_candidates for piece in _pieces(number, work, 0)):
-                choosing.setdefault(ranking_of(work, _shortest(work)), []).append(number)
+            pieces = _pieces(number, work, 0)
+            if any(piece.num_candidates for piece in pieces):
+                shortest = min(piece.end - piece.begin for piece in pieces)
+                choosing.setdefault(ranking_of(work, shortest), []).append(number)
             if work.decode is not None:
                 ending.setdefault(ranking_of(work, work.num_tokens), []).append(number)
 
@@ -157,17 +159,11 @@ class BatchedSelection:
             SelectionGroup(of(numbers), [token_starts[n] for n in numbers], ranking, shape, pool)
             for ranking, numbers in choosing.items()
         ]
-        self._ending = [
-            LastQueries(
-                of(numbers),
-                [token_starts[n] + w.num_tokens for n, w in zip(numbers, of(numbers), strict=True)],
-                ranking,
-                shape,
-                pool,
-            )
-            for ranking, numbers in ending.items()
-        ]
-        self._ending_numbers = list(ending.values())
+        self._ending: list[tuple[list[int], LastQueries]] = []
+        for ranking, numbers in ending.items():
+            works = of(numbers)
+            ends = [token_starts[n] + w.num_tokens for n, w in zip(numbers, works, strict=True)]
+            self._ending.append((numbers, LastQueries(works, ends, ranking, shape, pool)))
         self._decode_views: dict[int, DecodeView] | None = None
         self.chunks = frozenset(number for numbers in choosing.values() for number in numbers)
         self.pieces: Sequence[tuple[int, int]] = [
@@ -191,7 +187,7 @@ class BatchedSelection:
             return attention
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for queries in self._ending:
+            for _, queries in self._ending:
                 queries.keep(layer, q)
             return attention(layer, q, k, v)
 
@@ -201,7 +197,7 @@ class BatchedSelection:
         """See ``StepSelection.decode_view``."""
         if self._decode_views is None:
             self._decode_views = {}
-            for queries, numbers in zip(self._ending, self._ending_numbers, strict=True):
+            for numbers, queries in self._ending:
                 self._decode_views |= zip(numbers, queries.decode_views(), strict=True)
         return self._decode_views.get(chunk)
 
@@ -219,13 +215,6 @@ def ranking_of(work: ChunkSelection, num_queries: int) -> Ranking:
     settings = work.request.settings
     assert isinstance(settings.policy, TCAPolicy)
     return Ranking(settings.policy, settings.block, min(settings.probes, num_queries))
-
-
-def _shortest(work: ChunkSelection) -> int:
-    """Tokens of the shortest piece."""
-    end = work.lists.end
-    cuts = _cuts(end - work.num_tokens, end, work.request.settings.granularity)
-    return min(np.diff(cuts).tolist())
 
 
 def _pieces(chunk: int, work: ChunkSelection, token_start: int) -> list[Piece]:

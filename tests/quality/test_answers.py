@@ -194,6 +194,9 @@ def test_a_plan_runs_within_its_time(
         ("tiny", "full"),
         ("tiny", "tca p100 d50"),
     ]
+    # More processes than samples: this one has nothing to measure.
+    plan.run(parser.parse_args([*command, "--part", "2/3"]))
+    assert [r["kind"] for r in read(tmp_path / "r.jsonl")].count("answer") == 2
 
 
 @pytest.mark.parametrize(

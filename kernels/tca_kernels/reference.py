@@ -57,7 +57,9 @@ def probe_scores(
     # take a CPU longer than the arithmetic.
     group = num_q_heads // num_kv_heads
     logits = torch.empty(probes * group * int(lengths.max()), device=q.device)
+    # Only a list's end hides anything from anyone.
     back = torch.arange(probes, device=q.device).repeat_interleave(group)
+    hidden = torch.arange(1 - probes, 0, device=q.device) >= (back + 1 - probes)[:, None]
     scores: list[Tensor] = []
     for n in range(items):
         rows = q[n].float().view(probes, num_kv_heads, group, head_dim) * scale
@@ -68,8 +70,6 @@ def probe_scores(
             keys = keys_of.index_select(0, 2 * slots).float()
             weights = logits[: probes * group * length].view(-1, length)
             torch.mm(rows[:, h].reshape(-1, head_dim), keys.t(), out=weights)
-            # Only the list's end hides anything from anyone.
-            hidden = torch.arange(1 - probes, 0, device=q.device) >= (back + 1 - probes)[:, None]
             weights[:, length - probes + 1 :].masked_fill_(hidden, -torch.inf)
             weights.sub_(weights.amax(1, keepdim=True)).exp_()
             share = 1.0 / (weights.sum(1) * len(weights))

@@ -60,7 +60,8 @@ def test_reply_is_read(server: FakeServer, backend: Backend) -> None:
 def test_tokens_are_timed_where_every_chunk_counts_them(server: FakeServer) -> None:
     result = ask(server, "sglang", "one two three")
     assert len(result.token_times) == result.completion_tokens
-    assert ask(server, "openai", "one two three").token_times == (pytest.approx(0, abs=1e12),)
+    counted_at_the_end = ask(server, "openai", "one two three").token_times
+    assert len(counted_at_the_end) == 1
 
 
 def test_sglang_reports_ids_and_latency(server: FakeServer) -> None:

@@ -193,33 +193,23 @@ def views_of_queries(
     """
     views: list[DecodeView] = []
     for part in _bounded([work.lists.num_slots for work in works]):
-        views += _views_at_once(works[part], latest[part], ranking, shape, pool)
+        some = works[part]
+        arena = joined([work.lists.slots for work in some])
+        lengths = torch.tensor([work.lists.end for work in some]).repeat_interleave(shape.rows)
+        start = upload(lengths.cumsum(0) - lengths, arena.device).view(-1, shape.num_kv_heads)
+        counts = [num_candidates(work) for work in some]
+        scores = probe_scores(
+            latest[part].flatten(0, 1),
+            pool.kv,
+            arena,
+            start,
+            lengths.view(start.shape),
+            torch.tensor(counts).repeat_interleave(shape.rows).view(start.shape),
+            shape.scale,
+        )
+        by_request = scores.split([count * shape.rows for count in counts])
+        views += BatchedDecodeViews(some, by_request, ranking, shape, pool).choose()
     return views
-
-
-def _views_at_once(
-    works: Sequence[ChunkSelection],
-    latest: Tensor,
-    ranking: Ranking,
-    shape: AttentionShape,
-    pool: SlotPool,
-) -> list[DecodeView]:
-    lists = [work.lists for work in works]
-    arena = joined([one.slots for one in lists])
-    lengths = torch.tensor([one.end for one in lists]).repeat_interleave(shape.rows)
-    start = upload(lengths.cumsum(0) - lengths, arena.device).view(-1, shape.num_kv_heads)
-    counts = [num_candidates(work) for work in works]
-    scores = probe_scores(
-        latest.flatten(0, 1),
-        pool.kv,
-        arena,
-        start,
-        lengths.view(start.shape),
-        torch.tensor(counts).repeat_interleave(shape.rows).view(start.shape),
-        shape.scale,
-    )
-    by_request = scores.split([count * shape.rows for count in counts])
-    return BatchedDecodeViews(works, by_request, ranking, shape, pool).choose()
 
 
 def num_candidates(work: ChunkSelection) -> int:

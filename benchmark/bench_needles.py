@@ -136,7 +136,8 @@ class Bench:
 
 def ask(server: InProcessServer, bench: Bench, number: int, which: int, tca: bool) -> Answer:
     prompt = bench.documents[number].prompts[which]
-    return server.ask([prompt], NEW_TOKENS, tca=tca)[0]
+    ratio = bench.args.kept_ratio if tca else None
+    return server.ask([prompt], NEW_TOKENS, tca=tca, kept_ratio=ratio)[0]
 
 
 def one_user(bench: Bench, first: int) -> Iterator[dict[str, Any]]:
@@ -185,6 +186,8 @@ def memory(bench: Bench, first: int) -> Iterator[dict[str, Any]]:
     server = bench.server(3.0, retention="immediate")
     settings = server.engine.sparsity
     assert settings is not None
+    ratio = bench.args.kept_ratio
+    budgets = settings.decode if ratio is None else settings.decode.at_ratio(ratio)
     for number in range(first, min(MEMORY_DOCUMENTS, len(bench.documents))):
         server.engine.cache.flush()
         row = bench.row(ask(server, bench, number, 0, True), number, 0, "tca")
@@ -193,7 +196,7 @@ def memory(bench: Bench, first: int) -> Iterator[dict[str, Any]]:
             **row,
             "tree_slots": usage.tree_slots,
             "full_equivalent_slots": usage.full_equivalent_slots,
-            "candidate_share": float(settings.decode.keep_ratio.mean()),
+            "candidate_share": float(budgets.keep_ratio.mean()),
             # The window starts at a block's begin; the answer's own tokens stay too.
             "window_share": (settings.window + settings.block + NEW_TOKENS) / usage.cached_tokens,
         }
@@ -324,6 +327,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--tca-config", help="as the server's; the shipped configuration by default")
     add("--tca-policy", default="tca")
+    add("--kept-ratio", type=float, help="of what a head can drop; as configured by default")
     add("--books", type=Path, help="folder of the books; fetched with npm otherwise")
     add("--documents", type=int, default=10)
     add("--tokens", type=int, default=3840, help="of a document")

@@ -17,7 +17,7 @@ from tca_runtime.messages import (
     LogprobOptions,
 )
 from tca_runtime.sampling_params import SamplingParams
-from tca_runtime.scheduler.long_chunk import LongChunk
+from tca_runtime.scheduler.layered_prefill import LayeredPrefill
 from tca_runtime.scheduler.pace import PrefillPace
 from tca_runtime.scheduler.planner import StepPlan, StepPlanner
 from tca_runtime.sparsity.budget import BudgetTable
@@ -292,9 +292,10 @@ def answers(server: Server) -> list[tuple[list[int], list[Any], FinishReason | N
     return found
 
 
-def beside_a_stream(overlap: bool) -> tuple[Server, list[list[int]]]:
+def beside_a_stream(overlap: bool, layered: bool = False) -> tuple[Server, list[list[int]]]:
     """Long prompts that arrive while another request decodes, and all answers."""
     server = Server(overlap=overlap, tca_tail=64)
+    server.scheduler.planner.pace.is_layered = layered
     server.submit("stream", prompt(9, 40), 200)
     for _ in range(4):
         server.scheduler.run_once()
@@ -312,15 +313,15 @@ def test_layers_between_steps_compute_what_one_step_does(
     monkeypatch.setattr(
         PrefillPace, "budget", lambda self, decoding, prompts: 32 if decoding else 256
     )
-    advance, layers = LongChunk.advance, []
+    advance, layers = LayeredPrefill.advance, []
 
-    def recording(self: LongChunk, spare: float) -> int:
+    def recording(self: LayeredPrefill, spare: float) -> int:
         layers.append(self.step.parts_left)
         # One at a time while others decode, however fast they are.
         return advance(self, min(spare, 0.0))
 
     with monkeypatch.context() as patch:
-        patch.setattr(LongChunk, "advance", recording)
+        patch.setattr(LayeredPrefill, "advance", recording)
         found = [beside_a_stream(overlap) for overlap in (False, True)]
     # The last layer of a chunk that ends no prompt only stores its keys and values.
     parts = 2 - (-256 // part_tokens)
@@ -330,10 +331,11 @@ def test_layers_between_steps_compute_what_one_step_does(
 
     def at_once(self: StepPlanner, **state: bool) -> StepPlan:
         made = plan(self, **state)
-        return made if made.long is None else StepPlan(made.decode, [made.long])
+        return StepPlan(made.decode, [*made.layered]) if made.layered else made
 
+    found.append(beside_a_stream(overlap=True, layered=True))
     monkeypatch.setattr(StepPlanner, "plan", at_once)
-    for overlap, (server, answers) in zip((False, True), found, strict=True):
+    for overlap, (server, answers) in zip((False, True, True), found, strict=True):
         assert answers == beside_a_stream(overlap)[1]
         server.engine.cache.check()
 

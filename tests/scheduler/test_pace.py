@@ -12,9 +12,9 @@ import pytest
 from tca_runtime.config import SchedulerArgs
 from tca_runtime.engine.step import BegunStep
 from tca_runtime.messages import AbortRequest
-from tca_runtime.scheduler.long_chunk import LongChunk
-from tca_runtime.scheduler.pace import MIN_CHUNK, PrefillPace
-from tca_runtime.scheduler.planner import PAST_PER_TOKEN, PlannedChunk
+from tca_runtime.scheduler.layered_prefill import LayeredPrefill
+from tca_runtime.scheduler.pace import LAYERED_TOKENS, MIN_CHUNK, PrefillPace
+from tca_runtime.scheduler.planner import PAST_PER_TOKEN
 from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.policies import create_policy
 from tca_runtime.sparsity.settings import SparsitySettings
@@ -115,7 +115,7 @@ def test_streams_go_on_between_the_layers_of_a_long_chunk(selecting: Harness) ->
     for _ in range(40):
         before = len(selecting.engine.steps)
         selecting.scheduler.run_once()
-        if selecting.scheduler._long is not None:
+        if selecting.scheduler._layered is not None:
             decoding += [len(s.decode) for s in selecting.engine.steps[before:]]
     # It begins beside a step; then one layer of 16 tokens is worth the budget.
     assert decoding == [1] * (1 + LAYERS)
@@ -145,13 +145,13 @@ def test_who_ends_during_a_long_chunk_leaves_it_unfinished(known_pace: None, ove
     busy = streaming(SELECTING, is_asynchronous=overlap)
     busy.submit("r", [20] * 32, 2)
     scheduler = busy.scheduler
-    while scheduler._long is None:
+    while scheduler._layered is None:
         scheduler.run_once()
     busy.mail.inbound.append(AbortRequest(rid="r"))
     for _ in range(2):
         scheduler.run_once()
     assert busy.last("r").finish is not None
-    assert scheduler._long is None and not scheduler.planner.leaving
+    assert scheduler._layered is None and not scheduler.planner.leaving
     assert [c for c in spans(busy, 20) if not c[2]] == []
     busy.run()
     busy.engine.cache.check()
@@ -159,6 +159,56 @@ def test_who_ends_during_a_long_chunk_leaves_it_unfinished(known_pace: None, ove
     busy.submit("again", [20] * 32, 2)
     busy.run()
     assert busy.tokens("again") == expected_output([20] * 32, 2)
+
+
+@pytest.fixture
+def layered(monkeypatch: pytest.MonkeyPatch) -> Harness:
+    """As on a GPU, with a stream that decodes."""
+    made = streaming(SELECTING, is_asynchronous=True)
+    monkeypatch.setattr(made.scheduler.planner.pace, "is_layered", True)
+    return made
+
+
+def test_on_a_gpu_no_step_decodes_and_prefills(layered: Harness) -> None:
+    prompts = {f"r{i}": [20 + i] * (5 + 9 * i) for i in range(6)}
+    for rid, prompt in prompts.items():
+        layered.submit(rid, prompt, 4)
+    layered.run()
+    assert all(not (decoding and chunks) for decoding, chunks in sizes(layered))
+    # Those that can be computed together are, and the stream goes on between their layers.
+    assert max(len(chunks) for _, chunks in sizes(layered)) > 1
+    assert layered.engine.begun == len([chunks for _, chunks in sizes(layered) if chunks])
+    for rid, prompt in prompts.items():
+        assert layered.tokens(rid) == expected_output(prompt, 4)
+    layered.engine.cache.check()
+
+
+@pytest.mark.parametrize("ending", [["r0"], ["r1"], ["r0", "r1"]])
+def test_chunks_go_on_until_all_their_requests_have_ended(
+    layered: Harness, ending: list[str]
+) -> None:
+    prompts = {"r0": [20] * 9, "r1": [21] * 9}
+    for rid, prompt in prompts.items():
+        layered.submit(rid, prompt, 3)
+    scheduler = layered.scheduler
+    while scheduler._layered is None:
+        scheduler.run_once()
+    assert len(scheduler._layered.chunks) == 2
+    for rid in ending:
+        layered.mail.inbound.append(AbortRequest(rid=rid))
+    scheduler.run_once()
+    scheduler.run_once()
+    assert (scheduler._layered is None) == (len(ending) == 2)
+    layered.run()
+    layered.engine.cache.check()
+    for rid, prompt in prompts.items():
+        finish = layered.last(rid).finish
+        assert finish is not None and (finish.type == "abort") == (rid in ending)
+        # What was computed for one that ended is whole, or not in the cache.
+        layered.submit(f"{rid}-again", prompt, 3)
+        layered.run()
+        assert layered.tokens(f"{rid}-again") == expected_output(prompt, 3)
+    layered.engine.cache.check()
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -235,39 +285,6 @@ def test_the_budget_follows_what_mixed_steps_take() -> None:
     assert pace.budget(0) == 1000
 
 
-def test_chunks_are_not_smaller_than_where_their_size_begins_to_matter() -> None:
-    """On a GPU what a mixed step costs at all can exceed what it may take."""
-    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=8192, max_decode_slowdown=2.2), "cuda")
-    pace.record(4, 0, 0.003)
-    assert 1024 <= settled(pace, 0.012, 3e-6) <= 4096
-    assert 128 <= settled(pace, 0.012, 3e-5) <= 512
-
-
-@pytest.mark.parametrize(("fixed", "per_token", "most"), [(0.022, 4e-6, 60), (0.012, 3e-5, 300)])
-def test_a_crowd_of_prompts_is_not_drawn_out_where_small_chunks_cost_as_much(
-    fixed: float, per_token: float, most: int
-) -> None:
-    """Thirty prompts of 4096 tokens wait when the first two have begun to decode."""
-    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=8192, max_decode_slowdown=2.2), "cuda")
-    pace.record(2, 0, 0.003)
-    left, steps = 30 * 4096, 0
-    while left > 0:
-        waiting = -(-left // 4096)
-        count = min(pace.budget(32 - waiting, waiting), left)
-        pace.record(32 - waiting, count, 0.003 + fixed + count * per_token)
-        left, steps = left - count, steps + 1
-    assert steps <= most
-
-
-def test_what_chunks_took_is_forgotten() -> None:
-    pace = PrefillPace(SchedulerArgs(chunked_prefill_size=8192, max_decode_slowdown=2.2), "cuda")
-    pace.record(4, 0, 0.003)
-    assert settled(pace, 0.004, 1e-3) == MIN_CHUNK
-    for _ in range(7):
-        settled(pace, 0.012, 3e-6)
-    assert pace.budget(4) >= 1024
-
-
 def test_the_budget_moves_by_steps_and_not_for_lack_of_work() -> None:
     pace = PrefillPace(SchedulerArgs(chunked_prefill_size=1000, max_decode_slowdown=3.0))
     pace.record(4, 0, 0.010)
@@ -309,7 +326,7 @@ class Layers:
 
 
 def test_as_many_layers_run_between_steps_as_there_is_time_for() -> None:
-    long = LongChunk(cast("PlannedChunk", None), cast("BegunStep", Layers(30)))
+    long = LayeredPrefill([], cast("BegunStep", Layers(30)))
     assert long.advance(1.0) == 1
     long.note(1, 0.2)
     assert long.advance(1.0) == 5
@@ -317,6 +334,15 @@ def test_as_many_layers_run_between_steps_as_there_is_time_for() -> None:
     assert long.advance(1.0) == 3
     assert long.advance(0.0) == 1
     assert long.advance(math.inf) == 20 and long.is_done
+
+
+def test_a_gpu_remembers_what_a_layer_takes() -> None:
+    pace = PrefillPace(SchedulerArgs(max_decode_slowdown=2.2), "cuda")
+    assert pace.part_seconds(200) is None
+    pace.note_part(200, 0.5)
+    assert pace.part_seconds(250) == 0.5 and pace.part_seconds(2000) is None
+    assert pace.budget(32) == LAYERED_TOKENS and pace.budget(0) == 8192
+    assert pace.budget(2, 30) == 8192
 
 
 def test_time_beside_a_step_follows_from_what_it_takes() -> None:

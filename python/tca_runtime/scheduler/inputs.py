@@ -7,7 +7,7 @@ from tca_runtime.scheduler.planner import PlannedChunk, StepPlan
 
 
 def step_input(plan: StepPlan) -> StepInput:
-    """A plan as the engine takes it, without its long chunk."""
+    """A plan as the engine takes it, without what is computed layer by layer."""
     decode = []
     for request in plan.decode:
         assert request.sequence is not None

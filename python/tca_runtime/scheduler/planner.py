@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,13 +52,14 @@ class PlannedChunk:
 class StepPlan:
     """Requests that decode one token each, and chunks that prefill.
 
-    ``long`` is a chunk that cannot be cut, or not with profit, and takes longer than the decoding
-    requests should wait: it is computed a few layers at a time between this step and later ones.
+    ``layered`` are chunks for which the decoding requests should not wait: they are computed a few
+    layers at a time between this step and later ones. On a CPU that is one that cannot be cut, or
+    not with profit, and takes too long; on a GPU all of them.
     """
 
     decode: list[Request]
     chunks: list[PlannedChunk]
-    long: PlannedChunk | None = None
+    layered: Sequence[PlannedChunk] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -106,6 +107,11 @@ class StepPlanner:
         ready = sum(request.grammar is None for request in self.waiting)
         return len(self.prefilling) + min(ready, places)
 
+    @property
+    def spare(self) -> float:
+        """Seconds of other work beside the next decode step."""
+        return self.pace.spare(len(self.running), self.num_prompts)
+
     def active(self) -> list[Request]:
         """Every request that has not ended."""
         return [*self.waiting, *self.prefilling, *self.running]
@@ -115,7 +121,7 @@ class StepPlanner:
 
         While a step is in flight its requests must not be retracted. The plan is empty then where
         one would have to give way: the caller plans again when that step has been consumed.
-        No prompt prefills while a long chunk is being computed.
+        No prompt prefills while other chunks are computed layer by layer.
         """
         if not may_retract and not self._reserve():
             return StepPlan([], [])
@@ -133,8 +139,9 @@ class StepPlanner:
             budget -= self._plan_chunk(request, budget, prompts, bool(busy))
         self._admit(budget, prompts, bool(busy))
         paced = busy and self._args.max_decode_slowdown
-        if paced and len(prompts) == 1 and prompts[0].weight > allowed:
-            return StepPlan(decode, [], prompts[0])
+        too_long = len(prompts) == 1 and prompts[0].weight > allowed
+        if paced and (too_long or (prompts and self.pace.is_layered)):
+            return StepPlan(decode, [], prompts)
         if not prompts and not decode and self.running:
             decode = self._plan_decode()
         stuck = not prompts and not decode and any(r.finish is None for r in self.prefilling)

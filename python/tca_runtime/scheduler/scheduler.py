@@ -28,7 +28,7 @@ from tca_runtime.scheduler.control import ControlHandler
 from tca_runtime.scheduler.deadlines import Deadlines
 from tca_runtime.scheduler.inputs import step_input
 from tca_runtime.scheduler.intake import Intake, Limits
-from tca_runtime.scheduler.long_chunk import LongChunk
+from tca_runtime.scheduler.layered_prefill import LayeredPrefill
 from tca_runtime.scheduler.planner import StepPlan, StepPlanner
 from tca_runtime.scheduler.repetition import Repetition
 from tca_runtime.scheduler.request import Request
@@ -59,13 +59,13 @@ GRAMMAR_POLL_MS = 5
 class LaunchedPlan:
     """A step on its way through the device.
 
-    ``between`` is how many layers of the chunk ``long`` were launched just before it.
+    ``between`` is how many parts of ``layered`` were launched just before it.
     """
 
     plan: StepPlan
     step: PendingStep
     started: float
-    long: LongChunk | None = None
+    layered: LayeredPrefill | None = None
     between: int = 0
 
 
@@ -76,8 +76,8 @@ class Scheduler:
     n, then the tokens of step n are consumed. That works because nothing but the end of a request
     depends on which tokens were drawn: the next step finds them on the device, and slots and views
     have lengths that the host knows. So memory changes hands when a step is launched (``_launch``)
-    and tokens when it is consumed (``_consume``). Between two steps some layers of a long chunk may
-    run (``LongChunk``); all its layers together are a step of their own.
+    and tokens when it is consumed (``_consume``). Between two steps some layers of other chunks may
+    run (``LayeredPrefill``); all their layers together are a step of their own.
 
     A request that ended may still be in the step launched before that was known: what is drawn
     for it is dropped, and it leaves its slots when that step has been consumed. A request ends in
@@ -118,7 +118,7 @@ class Scheduler:
         self._control = ControlHandler(self, engine, config)
         self._overlap = engine.is_asynchronous and not config.scheduler.disable_overlap
         self._in_flight: LaunchedPlan | None = None
-        self._long: LongChunk | None = None
+        self._layered: LayeredPrefill | None = None
         self._consumed_at = 0.0
         self._last_heartbeat = 0.0
         self.stream_interval = STREAM_INTERVAL
@@ -131,7 +131,7 @@ class Scheduler:
             self._handle(message)
         self._deadlines.mark(self.planner.active)
         self._end_finished()
-        self._drop_long()
+        self._drop_layered()
         previous, self._in_flight = self._in_flight, self._launch()
         if previous is not None:
             self._consume(previous)
@@ -152,7 +152,7 @@ class Scheduler:
         if self.planner.is_idle:
             return 0 if self._repeating else IDLE_POLL_MS
         waiting = any(r.grammar is None for r in self.planner.waiting)
-        planner, under_way = self.planner, self._in_flight or self._long
+        planner, under_way = self.planner, self._in_flight or self._layered
         computing = waiting or planner.running or planner.prefilling or under_way
         return 0 if computing else GRAMMAR_POLL_MS
 
@@ -185,45 +185,44 @@ class Scheduler:
         self.planner.waiting.add(request)
 
     def _launch(self) -> LaunchedPlan | None:
-        """Plan a step and start it, behind some layers of a long chunk; None without work."""
+        """Plan a step and start it, behind some layers of other chunks; None without work."""
         started = time.perf_counter()
-        between = 0
-        if self._long is not None:
-            if self._long.is_done:
-                # Nothing else now: its token has to be drawn before the next step is launched.
-                plan, step = StepPlan([], [self._long.chunk]), self._long.step.finish()
-                self._long = None
+        layered, between = self._layered, 0
+        if layered is not None:
+            if layered.is_done:
+                # Nothing else now: its tokens have to be drawn before the next step is launched.
+                plan, step = StepPlan([], [*layered.chunks]), layered.step.finish()
+                self._layered = None
                 return self._launched(plan, step, started)
-            planner = self.planner
-            spare = planner.pace.spare(len(planner.running), planner.num_prompts)
-            between = self._long.advance(spare)
+            between = layered.advance(self.planner.spare)
         plan = self.planner.plan(
-            may_retract=self._in_flight is None and self._long is None,
-            may_prefill=self._long is None,
+            may_retract=self._in_flight is None and layered is None, may_prefill=layered is None
         )
         launched = None
         if not plan.is_empty:
             launched = self._launched(plan, self.engine.launch(step_input(plan)), started, between)
-        if plan.long is not None:
-            begun = self.engine.begin(step_input(StepPlan([], [plan.long])))
-            self._long = LongChunk(plan.long, begun)
+        if plan.layered:
+            begun = self.engine.begin(step_input(StepPlan([], [*plan.layered])))
+            self._layered = LayeredPrefill(plan.layered, begun)
+            self._layered.part_seconds = self.planner.pace.part_seconds(self._layered.weight)
         return launched
 
-    def _drop_long(self) -> None:
-        """Compute a long chunk no further whose request ended.
+    def _drop_layered(self) -> None:
+        """Compute chunks no further whose requests all ended.
 
         Layers that were launched have ended when a step launched after them has been consumed.
         """
-        if self._long is None or self._long.chunk.request not in self.planner.leaving:
+        layered = self._layered
+        if layered is None or any(c.request not in self.planner.leaving for c in layered.chunks):
             return
         if self._overlap and self._in_flight is None:
             return
         self._settle()
-        sequence = self._long.chunk.request.sequence
-        if sequence is not None:
-            # Not all layers have its K and V: none of it may stay cached.
-            sequence.computed = self._long.chunk.begin
-        self._long = None
+        for chunk in layered.chunks:
+            if chunk.request.sequence is not None:
+                # Not all layers have its K and V: none of it may stay cached.
+                chunk.request.sequence.computed = chunk.begin
+        self._layered = None
 
     def _launched(
         self, plan: StepPlan, step: PendingStep, started: float, between: int = 0
@@ -235,14 +234,14 @@ class Scheduler:
             self._show(request, view)
         for chunk, view in zip(plan.chunks, views[len(plan.decode) :], strict=True):
             request = chunk.request
-            # One that ended while its long chunk was computed is leaving.
+            # One that ended while its layers were computed is leaving.
             if chunk.end == request.num_tokens and request not in self.planner.leaving:
                 assert request.sequence is not None
                 self.engine.cache.commit(request.namespace, request.sequence, request.all_tokens)
                 self._show(request, view)
                 self.planner.prefilled(request)
                 request.num_pending += request.max_new_tokens > 0
-        return LaunchedPlan(plan, step, started, self._long, between)
+        return LaunchedPlan(plan, step, started, self._layered, between)
 
     def _settle(self) -> None:
         """Consume the step in flight, if there is one."""
@@ -329,10 +328,12 @@ class Scheduler:
         done = StepPlan(going, launched.plan.chunks)
         self._control.record_step(done, seconds)
         pace = self.planner.pace
-        if launched.long is None or not launched.between:
+        layered = launched.layered
+        if layered is None or not launched.between:
             pace.record(len(done.decode), sum(c.weight for c in done.chunks), seconds)
         elif done.decode and not done.chunks:
-            launched.long.note(launched.between, pace.beyond_decode(seconds))
+            layered.note(launched.between, pace.beyond_decode(seconds))
+            pace.note_part(layered.weight, layered.part_seconds)
 
     def _end_finished(self) -> None:
         """The one place where requests end: terminal reply, then release.
@@ -348,8 +349,8 @@ class Scheduler:
             self._outbox.send(TokenBatch(outputs=[take_output(r) for r in ended]))
         if self.planner.leaving:
             busy = set(self._in_flight.plan.requests) if self._in_flight is not None else set()
-            if self._long is not None:
-                busy.add(self._long.chunk.request)
+            if self._layered is not None:
+                busy.update(chunk.request for chunk in self._layered.chunks)
             self.planner.release_left(busy)
 
     def _check_grammars(self) -> None:

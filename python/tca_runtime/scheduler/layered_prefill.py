@@ -1,9 +1,10 @@
-"""A chunk that should not be cut, computed while other requests decode."""
+"""Prefill chunks that are computed while other requests decode."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tca_runtime.engine.step import BegunStep
@@ -14,23 +15,28 @@ REST_EVERY = 16
 
 
 @dataclass(eq=False)
-class LongChunk:
-    """A prefill chunk of which a few parts run between two decode steps.
+class LayeredPrefill:
+    """Prefill chunks of which a few parts run between two decode steps.
 
     The queries of a chunk that selects belong together, because the last of them choose for all;
-    far into a prompt, small chunks would read what is before them too often. A chunk's layers do
+    far into a prompt, small chunks would read what is before them too often; and on a GPU a step
+    that also prefills cannot be the captured graph that one of decoding is. A chunk's layers do
     not belong together: K and V that a layer writes are read by the next chunk only. Where the
     backend can, a part is less than a layer: once it has selected, its tokens are independent.
 
-    How long a part takes is learnt from those launched before: its chunk's size, how much it sees
-    and its selection all count. So the first one runs alone. Parts of a layer differ; where they
-    run as they are launched, no other begins when the time is nearly up. Now and then a step has
-    none, and shows what decoding alone takes by now.
+    How long a part takes is learnt from those launched before: the chunks' size, how much they see
+    and their selection all count. So the first one runs alone, unless such chunks are known. Parts
+    of a layer differ; where they run as they are launched, no other begins when the time is nearly
+    up. Now and then a step has none, and shows what decoding alone takes by now.
+
+    Attributes
+    ----------
+    part_seconds : what a part takes, as far as is known
     """
 
-    chunk: PlannedChunk
+    chunks: Sequence[PlannedChunk]
     step: BegunStep
-    _part_seconds: float | None = None
+    part_seconds: float | None = None
     _num_turns: int = 0
 
     def advance(self, spare: float) -> int:
@@ -47,7 +53,7 @@ class LongChunk:
         self._num_turns += 1
         if self._num_turns % REST_EVERY == 0:
             return 0
-        part = math.inf if self._part_seconds is None else self._part_seconds
+        part = math.inf if self.part_seconds is None else self.part_seconds
         begin = time.perf_counter()
         for _ in range(max(1, round(spare / part))):
             self.step.advance(1)
@@ -58,8 +64,13 @@ class LongChunk:
     def note(self, num_parts: int, seconds: float) -> None:
         """Take what so many parts took."""
         measured = max(seconds / num_parts, 1e-6)
-        old = self._part_seconds
-        self._part_seconds = measured if old is None else (old + measured) / 2
+        old = self.part_seconds
+        self.part_seconds = measured if old is None else (old + measured) / 2
+
+    @property
+    def weight(self) -> int:
+        """See ``PlannedChunk``."""
+        return sum(chunk.weight for chunk in self.chunks)
 
     @property
     def is_done(self) -> bool:

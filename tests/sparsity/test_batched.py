@@ -11,6 +11,7 @@ import torch
 from tca_runtime.attention.base import AttentionShape
 from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.slot_pool import SlotPool
+from tca_runtime.sparsity import batched_decode
 from tca_runtime.sparsity.batched import BatchedSelection, covers
 from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, RequestSparsity, StepSelection
@@ -176,7 +177,10 @@ def test_mass_limit_takes_the_smallest_rung_that_holds() -> None:
     assert torch.equal(left.slots, right.slots)
 
 
-def test_requests_of_a_step_choose_as_each_would_alone() -> None:
+@pytest.mark.parametrize("at_once", [1 << 25, 300])
+def test_requests_of_a_step_choose_as_each_would_alone(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
     """First and later chunks, a refresh, other probes, budgets and limits, a shared prefix."""
     torch.manual_seed(5)
     base = settings()
@@ -228,9 +232,12 @@ def test_requests_of_a_step_choose_as_each_would_alone() -> None:
             assert by_start[start].pieces == [(start, size)]
             assert torch.equal(expected.slots, part)
             assert expected.lengths.tolist() == [lengths.tolist()]
+    expected_views = {number: chooser.decode_view(0) for number, chooser in alone.items()}
+    # Fewer entries than one request has: a layer at a time.
+    monkeypatch.setattr(batched_decode, "ENTRIES_AT_ONCE", at_once)
     for number in range(len(requests)):
         left = together.decode_view(number)
-        right = alone[number].decode_view(0) if number in alone else None
+        right = expected_views.get(number)
         assert (left is None) == (number in (1, 6))
         assert equal_views(left, right)
     assert torch.equal(pools[0].importance, pools[1].importance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from tca_runtime.sparsity.budget import BudgetTable, levels
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, rungs
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 
-# List entries that are scored together; bounds the memory of their lists and scores.
-ENTRIES_AT_ONCE = 1 << 27
+# List entries that are selected from together; bounds the memory of lists, scores and all that
+# is made of them, about 20 bytes an entry.
+ENTRIES_AT_ONCE = 1 << 25
 
 # Importances raised at a time: bounds what their int64 slots take.
 REMEMBERED_AT_ONCE = 1 << 24
@@ -50,13 +52,17 @@ class Ranking:
 
 @dataclass(frozen=True, eq=False)
 class _Scored:
-    """One request's lists, complete, and the scores of their first ``num_candidates`` tokens.
+    """Some layers' lists of one request, and the scores of their first ``num_candidates`` tokens.
 
-    ``scores`` is float32 ``[rows * num_candidates]``, row after row.
+    Attributes
+    ----------
+    slots : int32 ``[rows, tokens]``
+    scores : float32 ``[rows * num_candidates]``, row after row
     """
 
     work: ChunkSelection
     num_candidates: int
+    slots: Tensor
     scores: Tensor
 
     @property
@@ -65,28 +71,31 @@ class _Scored:
 
 
 class BatchedDecodeViews:
-    """Chooses from what all layers' candidates have scored.
+    """Chooses from what the candidates of some layers have scored.
 
     Parameters
     ----------
     works : each with candidates for its decode view
-    scores : of each, float32 ``[rows * num_candidates]``
+    layers : which; all of them where a request limits the dropped mass
+    scores : of each request, float32 ``[rows * num_candidates]``
     """
 
     def __init__(
         self,
         works: Sequence[ChunkSelection],
+        layers: slice,
         scores: Sequence[Tensor],
         ranking: Ranking,
         shape: AttentionShape,
         pool: SlotPool,
     ) -> None:
+        self._layers = layers
+        self._rows = (layers.stop - layers.start) * shape.num_kv_heads
         self._scored = [
-            _Scored(work, num_candidates(work), own)
+            _Scored(work, num_candidates(work), _slots_of(work, layers, shape), own)
             for work, own in zip(works, scores, strict=True)
         ]
         self._ranking = ranking
-        self._shape = shape
         self._pool = pool
 
     def choose(self) -> list[DecodeView]:
@@ -117,17 +126,17 @@ class BatchedDecodeViews:
         """
         best, count = self._pool.importance, one.num_candidates
         at_once = max(REMEMBERED_AT_ONCE // count, 1)
-        lists = one.work.lists.dense().split(at_once)
+        lists = one.slots[:, :count].split(at_once)
         for rows, scores in zip(lists, one.scores.view(-1, count).split(at_once), strict=True):
-            slots = rows[:, :count].long()
+            slots = rows.long()
             best[slots] = torch.maximum(best[slots], scores.to(best.dtype))
 
     def _views(self, scored: Sequence[_Scored], budgets: Sequence[BudgetTable]) -> list[DecodeView]:
         if not scored:
             return []
-        rows, ranking = self._shape.rows, self._ranking
+        rows, ranking = self._rows, self._ranking
         blocks = [one.num_candidates // ranking.block for one in scored]
-        counts = [b.level_counts(n) for b, n in zip(budgets, blocks, strict=True)]
+        counts = [b.level_counts(n)[self._layers] for b, n in zip(budgets, blocks, strict=True)]
         scores = joined([one.scores for one in scored])
         chosen = select(
             scores,
@@ -137,7 +146,7 @@ class BatchedDecodeViews:
             ranking.levels,
             descending=ranking.descending,
         )
-        arena = joined([one.work.lists.slots for one in scored])
+        arena = joined([one.slots.flatten() for one in scored])
         lengths = torch.tensor([one.num_tokens for one in scored]).repeat_interleave(rows)
         candidates = torch.tensor([one.num_candidates for one in scored]).repeat_interleave(rows)
         start = upload(lengths.cumsum(0) - lengths, arena.device)
@@ -153,10 +162,7 @@ class BatchedDecodeViews:
                 lists=one.work.lists,
                 keep=keep[i],
                 dropped_mass=dropped[i],
-                report={
-                    "kept_ratio": len(slots[i]) / one.work.lists.num_slots,
-                    "probes": ranking.probes,
-                },
+                report=_report(slots[i], one.slots, ranking),
             )
             for i, one in enumerate(scored)
         ]
@@ -165,11 +171,11 @@ class BatchedDecodeViews:
         self, scored: Sequence[_Scored], chosen: Selection, start: Tensor
     ) -> Sequence[Tensor]:
         """Which entries of each request's lists stay: bool ``[rows * tokens]``."""
-        sizes = [one.work.lists.num_slots for one in scored]
+        sizes = [one.slots.numel() for one in scored]
         keep = torch.ones(sum(sizes), dtype=torch.bool, device=start.device)
         parts: Sequence[Tensor] = keep.split(sizes)
         for one, part in zip(scored, parts, strict=True):
-            part.view(self._shape.rows, -1)[:, : one.num_candidates] = False
+            part.view(self._rows, -1)[:, : one.num_candidates] = False
         row_sizes = upload(chosen.indptr.diff(), start.device)
         begins = torch.repeat_interleave(start, row_sizes, output_size=chosen.indices.numel())
         # Assigning a number through an index would make the host wait for the device.
@@ -193,23 +199,66 @@ def views_of_queries(
     """
     views: list[DecodeView] = []
     for part in _bounded([work.lists.num_slots for work in works]):
-        some = works[part]
-        arena = joined([work.lists.slots for work in some])
-        lengths = torch.tensor([work.lists.end for work in some]).repeat_interleave(shape.rows)
-        start = upload(lengths.cumsum(0) - lengths, arena.device).view(-1, shape.num_kv_heads)
-        counts = [num_candidates(work) for work in some]
-        scores = probe_scores(
-            latest[part].flatten(0, 1),
-            pool.kv,
-            arena,
-            start,
-            lengths.view(start.shape),
-            torch.tensor(counts).repeat_interleave(shape.rows).view(start.shape),
-            shape.scale,
-        )
-        by_request = scores.split([count * shape.rows for count in counts])
-        views += BatchedDecodeViews(some, by_request, ranking, shape, pool).choose()
+        some, queries = works[part], latest[part]
+        groups = [
+            _views_of_layers(some, layers, queries[:, layers], ranking, shape, pool)
+            for layers in _layer_groups(some, shape.num_layers)
+        ]
+        views += [_over_layers(parts, ranking) for parts in zip(*groups, strict=True)]
     return views
+
+
+def _views_of_layers(
+    works: Sequence[ChunkSelection],
+    layers: slice,
+    latest: Tensor,
+    ranking: Ranking,
+    shape: AttentionShape,
+    pool: SlotPool,
+) -> list[DecodeView]:
+    rows = (layers.stop - layers.start) * shape.num_kv_heads
+    arena = joined([_slots_of(work, layers, shape).flatten() for work in works])
+    lengths = torch.tensor([work.lists.end for work in works]).repeat_interleave(rows)
+    start = upload(lengths.cumsum(0) - lengths, arena.device).view(-1, shape.num_kv_heads)
+    counts = [num_candidates(work) for work in works]
+    scores = probe_scores(
+        latest.flatten(0, 1),
+        pool.kv,
+        arena,
+        start,
+        lengths.view(start.shape),
+        torch.tensor(counts).repeat_interleave(rows).view(start.shape),
+        shape.scale,
+    )
+    by_request = scores.split([count * rows for count in counts])
+    return BatchedDecodeViews(works, layers, by_request, ranking, shape, pool).choose()
+
+
+def _over_layers(parts: Sequence[DecodeView], ranking: Ranking) -> DecodeView:
+    """One view from those of all runs of layers."""
+    if len(parts) == 1:
+        return parts[0]
+    lists = parts[0].lists
+    slots = torch.cat([part.slots for part in parts])
+    masses = [part.dropped_mass * len(part.lengths) for part in parts]
+    return DecodeView(
+        lengths=np.concatenate([part.lengths for part in parts]),
+        slots=slots,
+        lists=lists,
+        keep=torch.cat([part.keep for part in parts]),
+        dropped_mass=torch.stack(masses).sum() / len(lists.lengths),
+        report=_report(slots, lists.slots, ranking),
+    )
+
+
+def _report(kept: Tensor, of: Tensor, ranking: Ranking) -> dict[str, Any]:
+    return {"kept_ratio": kept.numel() / of.numel(), "probes": ranking.probes}
+
+
+def _slots_of(work: ChunkSelection, layers: slice, shape: AttentionShape) -> Tensor:
+    """int32 ``[rows of the layers, tokens]``."""
+    heads = shape.num_kv_heads
+    return work.lists.dense()[layers.start * heads : layers.stop * heads]
 
 
 def num_candidates(work: ChunkSelection) -> int:
@@ -227,6 +276,19 @@ def _bounded(sizes: Sequence[int]) -> Iterator[slice]:
         entries += size
     if begin < len(sizes):
         yield slice(begin, len(sizes))
+
+
+def _layer_groups(works: Sequence[ChunkSelection], num_layers: int) -> list[slice]:
+    """Runs of layers of which no more entries are selected from at once, if it can be helped.
+
+    A limit on the dropped mass is on the mean of all layers.
+    """
+    entries = sum(work.lists.num_slots for work in works)
+    count = min(-(-entries // ENTRIES_AT_ONCE), num_layers)
+    if any(work.request.max_dropped_mass is not None for work in works):
+        count = 1
+    cuts = [num_layers * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:

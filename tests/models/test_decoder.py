@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tca_runtime.config import ModelArgs
 from tca_runtime.models.loader import load_model
@@ -78,6 +81,32 @@ def test_sharded_equals_single_file(tmp_path: Path) -> None:
         for name in ("single", "sharded")
     )
     assert torch.equal(single, sharded)
+
+
+@pytest.mark.parametrize("num_parts", [1, 100])
+def test_a_pass_leaves_nothing_for_the_garbage_collector(tmp_path: Path, num_parts: int) -> None:
+    """What attention holds of a long prompt would fill a device before the collector runs."""
+
+    class Attention:
+        def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return q.flatten(1)
+
+    args = ModelArgs(model_path=str(save(random_model("llama"), tmp_path)), device="cpu")
+    model = load_model(args).model
+    attention = Attention()
+    held = weakref.ref(attention)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.inference_mode():
+            made = model.begin(random_ids(8), torch.arange(8), attention)
+            made.advance(num_parts)
+        del attention
+        assert (held() is None) == (made.parts_left == 0)
+        del made
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_fingerprint_depends_on_the_weights(tmp_path: Path) -> None:

@@ -343,6 +343,12 @@ def test_a_gpu_remembers_what_a_layer_takes() -> None:
     assert pace.part_seconds(250) == 0.5 and pace.part_seconds(2000) is None
     assert pace.budget(32) == LAYERED_TOKENS and pace.budget(0) == 8192
     assert pace.budget(2, 30) == 8192
+    known = LayeredPrefill([], cast("BegunStep", Layers(30)), 0.5)
+    # The device may have waited for the first ones.
+    known.note(2, 0.1)
+    assert known.part_seconds == 0.5
+    known.note(2, 2.0)
+    assert known.part_seconds == 0.75
 
 
 def test_time_beside_a_step_follows_from_what_it_takes() -> None:

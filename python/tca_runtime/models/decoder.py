@@ -36,24 +36,25 @@ class DecoderPass:
         part_tokens: int | None = None,
         wanted: Tensor | None = None,
     ) -> None:
-        self._layers = layers
         self._norm = norm
         self._hidden = hidden
-        self._rotation = rotation
-        self._attention = attention
-        self._part_tokens = part_tokens
-        self._wanted = wanted
-        self._unread = wanted is not None and not len(wanted)
-        self._parts = self._all_parts()
+        # It must not know this object: a cycle would keep what attention holds alive for long.
+        self._parts: Iterator[Tensor] = _parts(
+            layers, hidden, rotation, attention, part_tokens, wanted
+        )
+        self._read = wanted if part_tokens is not None else None
         # Where a layer is more than one part, its projections and its selection are parts too.
         per_layer = 2 - (-len(hidden) // part_tokens) if part_tokens else 1
-        self._num_left = (len(layers) - 1) * per_layer + (1 if self._unread else per_layer)
+        last = 1 if _unread(wanted) else per_layer
+        self._num_left = (len(layers) - 1) * per_layer + last
 
     def advance(self, num_parts: int) -> None:
         """See ``ForwardPass``."""
         for _ in range(min(num_parts, self._num_left)):
-            next(self._parts)
+            self._hidden = next(self._parts)
             self._num_left -= 1
+        if not self._num_left:
+            self._parts = iter(())
 
     @property
     def parts_left(self) -> int:
@@ -64,34 +65,46 @@ class DecoderPass:
         """See ``ForwardPass``."""
         assert not self._num_left
         hidden = self._hidden
-        if self._wanted is not None and self._part_tokens is not None:
-            hidden = hidden[self._wanted]
+        if self._read is not None:
+            hidden = hidden[self._read]
         return self._norm(hidden) if len(hidden) else hidden
 
-    def _all_parts(self) -> Iterator[None]:
-        """Computes a part, then pauses."""
-        for index, layer in enumerate(self._layers):
-            q, k, v = layer.attention.heads(layer.input_norm(self._hidden), *self._rotation)
-            is_last = index == len(self._layers) - 1
-            if is_last and self._unread:
-                self._attention(index, q[:0], k, v)
-                self._hidden = self._hidden[:0]
-                yield
-                continue
-            if self._part_tokens is None:
-                attended = self._attention(index, q, k, v)
-                if self._wanted is not None and is_last:
-                    self._hidden, attended = self._hidden[self._wanted], attended[self._wanted]
-                _add(layer, self._hidden, attended)
-                yield
-                continue
-            yield
-            attend = cast("SplitAttention", self._attention).split(index, q, k, v)
-            yield
-            for begin in range(0, len(q), self._part_tokens):
-                end = min(begin + self._part_tokens, len(q))
-                _add(layer, self._hidden[begin:end], attend(begin, end))
-                yield
+
+def _parts(
+    layers: Sequence[DecoderLayer],
+    hidden: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    attention: LayerAttention,
+    part_tokens: int | None,
+    wanted: Tensor | None,
+) -> Iterator[Tensor]:
+    """Computes a part, then pauses with the hidden states as they are by then."""
+    for index, layer in enumerate(layers):
+        q, k, v = layer.attention.heads(layer.input_norm(hidden), *rotation)
+        is_last = index == len(layers) - 1
+        if is_last and _unread(wanted):
+            attention(index, q[:0], k, v)
+            yield hidden[:0]
+            continue
+        if part_tokens is None:
+            attended = attention(index, q, k, v)
+            if wanted is not None and is_last:
+                hidden, attended = hidden[wanted], attended[wanted]
+            _add(layer, hidden, attended)
+            yield hidden
+            continue
+        yield hidden
+        attend = cast("SplitAttention", attention).split(index, q, k, v)
+        yield hidden
+        for begin in range(0, len(q), part_tokens):
+            end = min(begin + part_tokens, len(q))
+            _add(layer, hidden[begin:end], attend(begin, end))
+            yield hidden
+
+
+def _unread(wanted: Tensor | None) -> bool:
+    """Whether nobody reads the last layer's output."""
+    return wanted is not None and not len(wanted)
 
 
 def _add(layer: DecoderLayer, hidden: Tensor, attended: Tensor) -> None:

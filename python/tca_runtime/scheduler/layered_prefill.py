@@ -38,6 +38,7 @@ class LayeredPrefill:
     step: BegunStep
     part_seconds: float | None = None
     _num_turns: int = 0
+    _num_noted: int = 0
 
     def advance(self, spare: float) -> int:
         """Launch about as many parts as ``spare`` seconds are enough for, at least one, or rest.
@@ -62,7 +63,13 @@ class LayeredPrefill:
         return before - self.step.parts_left
 
     def note(self, num_parts: int, seconds: float) -> None:
-        """Take what so many parts took."""
+        """Take what so many parts took.
+
+        The device may have waited for the first ones, so what is known says more than they do.
+        """
+        self._num_noted += 1
+        if self._num_noted == 1 and self.part_seconds is not None:
+            return
         measured = max(seconds / num_parts, 1e-6)
         old = self.part_seconds
         self.part_seconds = measured if old is None else (old + measured) / 2

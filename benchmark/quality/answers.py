@@ -110,6 +110,7 @@ def _measure(
                 "prompt": len(ask.ids),
                 "cached": reply.cached_tokens,
                 **selection_report(reply.tca),
+                "sure": round(reply.sure, 3),
                 "output": text[:KEPT_OUTPUT],
             }
         )

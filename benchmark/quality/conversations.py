@@ -246,5 +246,6 @@ def _record(
         "prompt": len(ask.ids),
         "cached": reply.cached_tokens,
         **selection_report(reply.tca),
+        "sure": round(reply.sure, 3),
         "output": text[:KEPT_OUTPUT],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from tca_runtime.scheduler.in_memory import in_memory_scheduler
 from tca_runtime.sparsity.core import SharedCore
 from tca_runtime.sparsity.load import shipped
 
+# Drawn tokens that tell how sure the model was: most answers of the lab are that long.
+SURE_TOKENS = 12
 # Settings of the loop on each kind of device: requests that decode together, tokens per step.
 BATCH = {"cuda": (64, 8192), "cpu": (8, 2048)}
 
@@ -54,6 +57,16 @@ class Reply:
     cached_tokens: int = 0
     tca: dict[str, Any] | None = None
     outputs: list[TokenOutput] = field(default_factory=list)
+
+    @property
+    def sure(self) -> float:
+        """The least probability that one of the first tokens had when it was drawn.
+
+        Without the very first, which the prompt's last tokens draw: they see everything.
+        """
+        entries = [e for output in self.outputs for e in output.output_logprobs or []]
+        drawn = [logprob for logprob, _ in entries[1:SURE_TOKENS] if logprob is not None]
+        return math.exp(min(drawn, default=0.0))
 
 
 class Lab:
@@ -145,9 +158,8 @@ class Lab:
             sampling = SamplingParams(
                 max_new_tokens=ask.max_new_tokens, temperature=0.0, custom_params=custom
             )
-            self._inbox.submit(
-                ask.rid, ask.ids, sampling, extra_key=ask.extra_key, logprobs=ask.logprobs
-            )
+            wish = ask.logprobs or LogprobOptions(len(ask.ids))
+            self._inbox.submit(ask.rid, ask.ids, sampling, extra_key=ask.extra_key, logprobs=wish)
         replies = {ask.rid: Reply() for ask in asks}
         left = len(replies)
         while left:

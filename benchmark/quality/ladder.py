@@ -2,12 +2,14 @@
 
 Auto mode (``max_dropped_mass``) takes the smallest ratio whose dropped mass is within the limit.
 Where a question was answered at several ratios, the answer at any limit is therefore among them.
+So is what a model would have answered that reads more where it is not sure (``sure_table``).
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,11 +23,15 @@ from benchmark.quality.tables import markdown
 
 # Percent of the attention mass.
 LIMITS = (2, 3, 4, 5, 6, 7, 8, 9)
+# Where the model is less sure than that while it reads ``LITTLE``, it would read ``MORE``.
+SURE = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8)
+LITTLE, MORE = 0.2, 0.39
 # Ratios without which a model's answers are no ladder.
 FEWEST_RATIOS = 5
 
 Question = tuple[str, str, str, int]
 Array = NDArray[np.float64]
+Row = tuple[str, NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Ladder:
     ----------
     ratios : kept, ascending ``[R]``
     strata : data set and task of each question ``[Q]``
-    scores, kept, dropped : ``[Q, R]``
+    scores, kept, dropped, sure : ``[Q, R]``
     full : scores with full attention ``[Q]``
     """
 
@@ -45,6 +51,7 @@ class Ladder:
     scores: Array
     kept: Array
     dropped: Array
+    sure: Array
     full: Array
 
     def within(self, limit: float) -> NDArray[np.int64]:
@@ -52,6 +59,11 @@ class Ladder:
         fits = self.dropped <= limit
         fits[:, -1] = True
         return fits.argmax(axis=1)
+
+    def where_sure(self, limit: float) -> NDArray[np.int64]:
+        """``LITTLE`` where the model was that sure with it, else ``MORE``."""
+        little, more = self.ratios.index(LITTLE), self.ratios.index(MORE)
+        return np.where(self.sure[:, little] >= limit, little, more)
 
     def enough(self) -> NDArray[np.int64]:
         """The smallest ratio from which on no answer is worse than with full attention."""
@@ -70,6 +82,24 @@ class Ladder:
 
 def ladder_table(records: Iterable[Record]) -> str:
     """Markdown: fixed ratios, limits and the least that would have done, by model."""
+    return _table(records, lambda ladder: [("the least that answers as well", ladder.enough())])
+
+
+def sure_table(records: Iterable[Record]) -> str:
+    """Markdown: fixed ratios, limits, and more where the model is not sure, by model.
+
+    Only of answers that say how sure it was.
+    """
+
+    def rows(ladder: Ladder) -> list[Row]:
+        name = "{:.0%}, and {:.0%} where less sure than {}"
+        return [(name.format(LITTLE, MORE, p), ladder.where_sure(p)) for p in SURE]
+
+    told = [r for r in records if "sure" in r or r.get("config") == FULL]
+    return _table(told, rows)
+
+
+def _table(records: Iterable[Record], more: Callable[[Ladder], list[Row]]) -> str:
     by_model: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         if record["kind"] in ("answer", "turn"):
@@ -79,13 +109,10 @@ def ladder_table(records: Iterable[Record]) -> str:
         if (ladder := _ladder(answers)) is None:
             continue
         count = len(ladder.full)
-        named = [
-            (f"{ratio:.0%}".replace("%", " %"), np.full(count, i))
-            for i, ratio in enumerate(ladder.ratios)
-        ]
+        named = [(f"{ratio:.0%}", np.full(count, i)) for i, ratio in enumerate(ladder.ratios)]
         named += [(f"at most {limit} % dropped", ladder.within(limit / 100)) for limit in LIMITS]
-        named.append(("the least that answers as well", ladder.enough()))
-        lines += [[model, str(count), *ladder.row(name, taken)] for name, taken in named]
+        for name, taken in [*named, *more(ladder)]:
+            lines.append([model, str(count), *ladder.row(re.sub(r"(\d)%", r"\1 %", name), taken)])
     return markdown(lines)
 
 
@@ -122,6 +149,7 @@ def _ladder(records: Sequence[Record]) -> Ladder | None:
         scores=field("score"),
         kept=field("kept"),
         dropped=field("dropped"),
+        sure=field("sure"),
         full=np.array([full[question]["score"] for _, question in asked]),
     )
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmark.quality.cells import Cell, cells
-from benchmark.quality.ladder import ladder_table
+from benchmark.quality.ladder import ladder_table, sure_table
 from benchmark.quality.records import Record, read
 from benchmark.quality.sections import SECTIONS
 from benchmark.quality.tables import ALL_COLUMNS, NOTHING, markdown, number, table
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         "books": books(records),
         "errors": errors(args.results),
         "ladder": ladder_table(records),
+        "sure": sure_table(load_records(args.results / "sure")),
     }
     args.page.write_text(fill(page, found, others), encoding="utf-8")
     from benchmark.quality.plots import draw

@@ -88,6 +88,7 @@ class ControlHandler:
             "num_retracted_reqs": sum(r.num_retractions > 0 for r in planner.waiting),
             "num_waiting_uncached_tokens": planner.waiting.uncached_tokens(cache),
             "num_retractions": planner.num_retractions,
+            "num_raised": planner.num_raised,
             "reclaimed_slots": dataclasses.asdict(cache.reclaimer.counts),
             "max_total_num_tokens": cache.capacity_tokens,
             "available_tokens": cache.available_tokens,

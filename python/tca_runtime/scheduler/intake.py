@@ -60,14 +60,18 @@ class Intake:
         room = min(limits.context_length, limits.cache_tokens) - len(prompt)
         params = message.sampling
         max_new = max(0, min(params.max_new_tokens, room))
-        sparsity, refusal = self._sparsity_of(message)
-        refusal = refusal or self._refusal(message, len(prompt), room, waiting)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(62)
+        sampling = RowSampling(params, seed, prompt, self._eos_ids)
+        sparsity, refusal = self._sparsity_of(message)
+        if sparsity is not None and (self._retention == "immediate" or sampling.is_penalised):
+            # What was pruned cannot be read again; what was counted cannot be drawn again.
+            sparsity = sparsity.raised()
+        refusal = refusal or self._refusal(message, len(prompt), room, waiting)
         return Request(
             message=message,
             arrival=next(self._arrivals),
             max_new_tokens=max_new,
-            sampling=RowSampling(params, seed, prompt, self._eos_ids),
+            sampling=sampling,
             tokens=token_buffer(prompt, max_new),
             num_prompt=len(prompt),
             num_tokens=len(prompt),
@@ -88,7 +92,7 @@ class Intake:
         key = message.extra_key or ""
         if self._retention == "never" or sparsity is None:
             return Namespace(key, prunable=False)
-        name = f"{key}\0{sparsity.settings.fingerprint}"
+        name = f"{key}\0{sparsity.largest.fingerprint}"
         if self._retention == "immediate" and sparsity.max_dropped_mass is not None:
             # Its own limit says how much of what it shares with others a request drops.
             name += f"\0{sparsity.max_dropped_mass}"

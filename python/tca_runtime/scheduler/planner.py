@@ -93,6 +93,7 @@ class StepPlanner:
         self.running: list[Request] = []
         self.leaving: list[Request] = []
         self.num_retractions = 0
+        self.num_raised = 0
         self._refused: tuple[int, ...] = ()
         self._refused_room = 0
 
@@ -154,6 +155,19 @@ class StepPlanner:
         """The request's prompt is computed; it decodes from now on."""
         self.prefilling.remove(request)
         self.running.append(request)
+
+    def draw_again(self) -> None:
+        """Send requests that were not sure back to wait, once no step draws for them.
+
+        What they have computed stays cached. As behind any cached prefix their last tokens see
+        everything, draw the next one and select what is decoded with.
+        """
+        for request in [r for r in self.running if r.unsure and not r.num_pending]:
+            self._release(request)
+            self.running.remove(request)
+            self.num_raised += 1
+            request.back_to_waiting()
+            self.waiting.add(request)
 
     def leave(self, ended: list[Request]) -> None:
         """Plan these requests no more; what they hold stays theirs until ``release_left``."""
@@ -312,8 +326,7 @@ class StepPlanner:
             self.prefilling.remove(request)
         if not request.num_output:
             request.prompt_logprobs = []
-        # Its next place in the view table has no queries of its tokens that a refresh could use.
-        request.selected_at = None
         request.num_retractions += 1
         self.num_retractions += 1
+        request.back_to_waiting()
         self.waiting.add(request)

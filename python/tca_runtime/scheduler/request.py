@@ -46,6 +46,9 @@ class Request:
     arrived_at, admitted_at : by ``time.monotonic``; the latter of the first admission
     grammar : set while the request's grammar compiles; it is not admitted before
     selected_at : tokens at the last selection of the decode view, None before the first
+    unsure : whether the next token has to be drawn again, with more in view; what is on its way
+        counts no more
+    raised_at : output tokens when that happened
     tca : what selection did, for the client
     """
 
@@ -71,6 +74,8 @@ class Request:
     num_sent: int = 0
     sent_at: float = 0.0
     selected_at: int | None = None
+    unsure: bool = False
+    raised_at: int | None = None
     tca: dict[str, Any] | None = None
     grammar: Future[CompiledGrammar] | None = None
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
@@ -113,7 +118,16 @@ class Request:
     @property
     def wish(self) -> LogprobWish | None:
         wish = self.message.logprobs
-        return None if wish is None else LogprobWish(wish.top_k, wish.token_ids)
+        if wish is not None:
+            return LogprobWish(wish.top_k, wish.token_ids)
+        return LogprobWish() if self.min_confidence is not None else None
+
+    @property
+    def min_confidence(self) -> float | None:
+        """The probability with which tokens must be drawn from the decode view there is."""
+        if self.sparsity is None or self.selected_at is None:
+            return None
+        return self.sparsity.min_confidence
 
     @property
     def reusable_tokens(self) -> int:
@@ -134,8 +148,8 @@ class Request:
     @property
     def can_decode(self) -> bool:
         """Whether the next step may draw a token for this running request: none is on its way
-        that is its last."""
-        return self.num_output + self.num_pending < self.max_new_tokens
+        that is its last, and none has to be drawn again."""
+        return not self.unsure and self.num_output + self.num_pending < self.max_new_tokens
 
     @property
     def refresh(self) -> RequestSparsity | None:
@@ -172,6 +186,19 @@ class Request:
     def append(self, token: int) -> None:
         self.tokens[self.num_tokens] = token
         self.num_tokens += 1
+
+    def back_to_waiting(self) -> None:
+        """Forget what only holds for a place in the cache that is given up.
+
+        The next place in the view table has no queries of this request's tokens that a refresh
+        could use.
+        """
+        self.selected_at = None
+        if self.unsure:
+            assert self.sparsity is not None
+            self.unsure, self.raised_at = False, self.num_output
+            self.sparsity = self.sparsity.raised()
+            self.sampling.num_drawn = self.num_output
 
 
 def token_buffer(prompt: Tokens, max_new_tokens: int) -> Tokens:

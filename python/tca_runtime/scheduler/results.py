@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from tca_runtime.engine.step import PositionLogprobs
 from tca_runtime.messages import FinishReason, TokenLogprob, TokenOutput, TopLogprobs
 from tca_runtime.scheduler.request import Request
+from tca_runtime.sparsity.chooser import DecodeView
 
 
 def check_finish(request: Request, eos_ids: frozenset[int]) -> FinishReason | None:
@@ -19,6 +23,21 @@ def check_finish(request: Request, eos_ids: frozenset[int]) -> FinishReason | No
     if matcher is not None and matcher.is_terminated:
         return FinishReason("stop", matched=token)
     return None
+
+
+def is_sure(request: Request, entry: PositionLogprobs | None) -> bool:
+    """Whether a token drawn from the decode view was as likely as the request wants it."""
+    if request.min_confidence is None or entry is None or entry.token[0] is None:
+        return True
+    return math.exp(entry.token[0]) >= request.min_confidence
+
+
+def selection_report(
+    request: Request, view: DecodeView, dropped_mass: float | None, retention: str
+) -> dict[str, Any]:
+    """What the client is told of a new decode view (``meta_info.tca``)."""
+    report = view.report | {"dropped_mass": dropped_mass, "retention": retention}
+    return report if request.raised_at is None else report | {"raised_at": request.raised_at}
 
 
 def take_output(request: Request) -> TokenOutput:

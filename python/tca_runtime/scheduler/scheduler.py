@@ -26,13 +26,14 @@ from tca_runtime.messages import (
 )
 from tca_runtime.scheduler.control import ControlHandler
 from tca_runtime.scheduler.deadlines import Deadlines
+from tca_runtime.scheduler.idle import IdleTime
 from tca_runtime.scheduler.inputs import step_input
 from tca_runtime.scheduler.intake import Intake, Limits
 from tca_runtime.scheduler.layered_prefill import LayeredPrefill
 from tca_runtime.scheduler.planner import StepPlan, StepPlanner
 from tca_runtime.scheduler.repetition import Repetition
 from tca_runtime.scheduler.request import Request
-from tca_runtime.scheduler.results import check_finish, take_output
+from tca_runtime.scheduler.results import check_finish, is_sure, selection_report, take_output
 from tca_runtime.sparsity.chooser import DecodeView
 
 if TYPE_CHECKING:
@@ -46,9 +47,6 @@ IDLE_POLL_MS = 200
 # Tokens of one request that come faster than this share a message: below what a reader notices,
 # and every message wakes the tokenizer process.
 STREAM_INTERVAL = 0.02
-# Quiet times after which the cache is checked: its counters, then the owner of every slot.
-COUNTERS_CHECK_SECONDS = 1.0
-SLOTS_CHECK_SECONDS = 60.0
 # Of quiet, before cold prefixes are repeated.
 REPEAT_AFTER_SECONDS = 0.3
 # While all that is left waits for its grammar.
@@ -122,8 +120,7 @@ class Scheduler:
         self._consumed_at = 0.0
         self._last_heartbeat = 0.0
         self.stream_interval = STREAM_INTERVAL
-        self._idle_since = time.monotonic()
-        self._checked = 2
+        self._idle = IdleTime(engine.cache)
 
     def run_once(self) -> None:
         """One iteration: messages in, the next step launched, replies of the last one out."""
@@ -132,6 +129,7 @@ class Scheduler:
         self._deadlines.mark(self.planner.active)
         self._end_finished()
         self._drop_layered()
+        self.planner.draw_again()
         previous, self._in_flight = self._in_flight, self._launch()
         if previous is not None:
             self._consume(previous)
@@ -139,7 +137,7 @@ class Scheduler:
             self._in_flight.step.sample()
             if not self._overlap:
                 self._settle()
-        self._idle_check()
+        self._idle.note(self.planner.is_idle)
         self._repeat()
         self._beat()
 
@@ -256,11 +254,12 @@ class Scheduler:
         for request, token, entry in zip(
             plan.decode, output.decode_tokens, output.decode_logprobs, strict=True
         ):
+            request.unsure = request.unsure or not is_sure(request, entry)
             self._append(request, token, entry)
         masses = zip(plan.requests, step.decode_views, output.dropped_mass, strict=True)
         for request, view, mass in masses:
             if view is not None:
-                request.tca = view.report | {"dropped_mass": mass, "retention": self._retention}
+                request.tca = selection_report(request, view, mass, self._retention)
         for chunk, prompt in zip(plan.chunks, output.prompt_logprobs, strict=True):
             chunk.request.prompt_logprobs += prompt
         for chunk, sampled, entry in zip(
@@ -276,15 +275,15 @@ class Scheduler:
 
     def _append(self, request: Request, token: int, entry: PositionLogprobs | None) -> None:
         request.num_pending -= 1
-        if request.finish is not None:
-            # Known to have ended only after this step was launched.
+        if request.finish is not None or request.unsure:
+            # Known only after this step was launched.
             return
         request.append(token)
         try:
             request.sampling.accept(token)
         except GrammarError as error:
             request.finish = FinishReason("abort", message=str(error), status=error.status)
-        if entry is not None:
+        if entry is not None and request.message.logprobs is not None:
             request.output_logprobs.append(entry)
         if request.finish is None:
             request.finish = check_finish(request, self._eos_ids)
@@ -374,23 +373,10 @@ class Scheduler:
         if future is not None and grammar is not None:
             self._grammars.release(grammar, future)
 
-    def _idle_check(self) -> None:
-        """Check the cache's counters once per idle time, and every slot when it lasts."""
-        now = time.monotonic()
-        if not self.planner.is_idle:
-            self._idle_since = now
-            self._checked = 0
-        elif self._checked == 0 and now - self._idle_since >= COUNTERS_CHECK_SECONDS:
-            self.engine.cache.check(every_slot=False)
-            self._checked = 1
-        elif self._checked == 1 and now - self._idle_since >= SLOTS_CHECK_SECONDS:
-            self.engine.cache.check()
-            self._checked = 2
-
     def _repeat(self) -> None:
         """Repeat a piece of a cold prefix when nothing was asked for a while."""
         idle = self.planner.is_idle and self._in_flight is None
-        waited = idle and time.monotonic() - self._idle_since >= REPEAT_AFTER_SECONDS
+        waited = idle and self._idle.seconds >= REPEAT_AFTER_SECONDS
         self._repeating = waited and self._repetition is not None and self._repetition.advance()
 
     def _beat(self) -> None:

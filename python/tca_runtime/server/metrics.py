@@ -41,6 +41,7 @@ _GAUGES = {
 # Of the scheduler's state: name there -> metric.
 _COUNTERS = {
     "num_retractions": ("sglang:num_retracted_requests", "requests sent back to wait: no slots"),
+    "num_raised": ("tca:num_raised_requests", "requests that were not sure and read more"),
     "num_steps": ("tca:steps", "steps of the engine"),
     "step_seconds_total": ("tca:step_seconds", "time spent in steps"),
 }

@@ -20,7 +20,10 @@ from tca_runtime.sparsity.selection import LayerScores, select
 from tca_runtime.sparsity.settings import BLOCK_SIZE, SparsitySettings
 
 # What of a client's ``custom_params`` is read here.
-REQUEST_PARAMS = ("tca", "kept_ratio", "max_dropped_mass", "probes")
+REQUEST_PARAMS = ("tca", "kept_ratio", "max_dropped_mass", "min_confidence", "probes")
+# What decode views keep until a request with ``min_confidence`` is not sure. From a fifth on, most
+# answers are those of full attention (docs/quality.md).
+LITTLE = 0.2
 
 # Ratios tried in turn for a request that limits the dropped mass instead of the memory.
 LADDER = (0.05, 0.1, 0.15, 0.2, 0.25, 0.32, 0.39, 0.5, 0.65, 0.8, 1.0)
@@ -35,12 +38,27 @@ def rungs(block: int) -> list[float]:
 class RequestSparsity:
     """Settings of one request: the server's, changed by what the client asked for.
 
-    ``max_dropped_mass`` overrides the decode budget: the smallest rung of the ladder is taken
-    whose mean dropped mass does not exceed it.
+    Attributes
+    ----------
+    max_dropped_mass : overrides the decode budget: the smallest rung of the ladder is taken whose
+        mean dropped mass does not exceed it
+    min_confidence, more : a token that is drawn with less probability is drawn again with the
+        settings ``more``, and so are those that follow
     """
 
     settings: SparsitySettings
     max_dropped_mass: float | None = None
+    min_confidence: float | None = None
+    more: SparsitySettings | None = None
+
+    @property
+    def largest(self) -> SparsitySettings:
+        """Those with which most is kept."""
+        return self.settings if self.more is None else self.more
+
+    def raised(self) -> RequestSparsity:
+        """Of a request that was not sure, or that must not begin with little."""
+        return self if self.more is None else RequestSparsity(self.more)
 
 
 @dataclass(eq=False)
@@ -203,8 +221,8 @@ def layer_lists(lists: HeadSlots, rows: slice) -> HeadLists:
 def request_sparsity(
     server: SparsitySettings | None, custom_params: dict[str, Any]
 ) -> RequestSparsity | None:
-    """Apply a client's ``custom_params`` (``tca``, ``kept_ratio``, ``max_dropped_mass``,
-    ``probes``) to the server's settings; None for full attention.
+    """Apply a client's ``custom_params`` (``REQUEST_PARAMS``) to the server's settings; None for
+    full attention.
 
     Raises
     ------
@@ -218,6 +236,9 @@ def request_sparsity(
         raise ValueError("custom_params.tca must be true or false")
     ratio = _number(custom_params, "kept_ratio", 1 / block, 1.0)
     mass = _number(custom_params, "max_dropped_mass", 0.0, 1.0)
+    confidence = _number(custom_params, "min_confidence", 0.0, 1.0)
+    if confidence is not None and mass is not None:
+        raise ValueError("custom_params.min_confidence and max_dropped_mass exclude each other")
     probes = _number(custom_params, "probes", 1, 1024)
     if probes is not None and probes != int(probes):
         raise ValueError(f"custom_params.probes must be a whole number, got {probes:g}")
@@ -232,7 +253,10 @@ def request_sparsity(
         )
     if probes is not None:
         settings = replace(settings, probes=int(probes))
-    return RequestSparsity(settings, mass)
+    if not confidence or settings.decode.keep_ratio.mean() <= LITTLE:
+        return RequestSparsity(settings, mass)
+    little = replace(settings, decode=settings.decode.at_ratio(LITTLE))
+    return RequestSparsity(little, min_confidence=confidence, more=settings)
 
 
 def _number(params: dict[str, Any], name: str, low: float, high: float) -> float | None:

@@ -16,6 +16,8 @@ from tca_runtime.sparsity.settings import CalibrationFile, SparsitySettings
 _PATTERN = re.compile(r"(?P<policy>[a-z0-9-]+?)(?:\[(?P<options>[^\]]*)\])?(?P<rest>(?: \S+)*)")
 # Budgets of the file that comes with the runtime.
 SHIPPED = "calibrated"
+# What a request says of its decode view.
+LIMITS = ("max_dropped_mass", "min_confidence")
 # What a word of a name sets: its letters, then a value.
 _WORDS = {
     "p": "prefill",
@@ -28,6 +30,7 @@ _WORDS = {
     "every": "granularity",
     "least": "min_candidates",
     "mass": "max_dropped_mass",
+    "sure": "min_confidence",
     "first": "first_refresh",
     "refresh": "refresh",
     "latest": "refresh_probes",
@@ -45,11 +48,13 @@ class Configuration:
         ``tca[score=mass] p100 d39``; ``p`` and ``d`` are the percentages kept in prefill and decode
         views of what is older than the window; ``k`` instead of ``d`` is the percentage kept of
         everything at a data set's length; ``every`` is the selection granularity, ``mass`` the
-        percentage of attention mass that may be dropped, ``calibration=FILE`` gives each head its
-        own budget, ``calibrated`` the one that comes with the runtime; ``least`` is the number of
-        droppable tokens below which all are kept; ``refresh`` the generated tokens between two
-        selections of the decode view (with ``first`` those before the first, then twice as many
-        each time) by ``latest`` queries, ``tail`` the last tokens of a prompt that see everything
+        percentage of attention mass that may be dropped, ``sure`` the probability in percent below
+        which a token is drawn again with these views, having begun with a fifth;
+        ``calibration=FILE`` gives each head its own budget, ``calibrated`` the one that comes with
+        the runtime; ``least`` is the number of droppable tokens below which all are kept;
+        ``refresh`` the generated tokens between two selections of the decode view (with ``first``
+        those before the first, then twice as many each time) by ``latest`` queries, ``tail`` the
+        last tokens of a prompt that see everything
     """
 
     name: str
@@ -65,6 +70,7 @@ class Configuration:
     granularity: int = 2048
     min_candidates: int = 512
     max_dropped_mass: float | None = None
+    min_confidence: float | None = None
     calibration: str | None = None
     first_refresh: int | None = None
     refresh: int = 1024
@@ -149,12 +155,17 @@ class Configuration:
         )
 
     @property
+    def has_limit(self) -> bool:
+        """Whether how much is kept depends on the request."""
+        return any(getattr(self, name) is not None for name in LIMITS)
+
+    @property
     def prefill_key(self) -> str:
         """Equal for configurations whose prompts have the same K and V: they share prefixes."""
         prefill = 1.0 if self.prefill is None and self.calibration is None else self.prefill
         if self.policy == "full" or prefill == 1.0:
             return "dense"
-        views = {"decode": None, "kept": None, "max_dropped_mass": None}
+        views = dict.fromkeys(("decode", "kept", *LIMITS))
         return repr(
             replace(self, name="", first_refresh=None, refresh=0, refresh_probes=0, **views)
         )
@@ -180,7 +191,7 @@ def _read_word(name: str, word: str) -> dict[str, Any]:
     if match is None or match[1] not in _WORDS:
         raise ValueError(f"configuration {name!r}: cannot read {word!r}")
     attribute, number = _WORDS[match[1]], float(match[2])
-    if attribute in ("prefill", "decode", "kept", "max_dropped_mass"):
+    if attribute in ("prefill", "decode", "kept", *LIMITS):
         if not 0 < number <= 100:
             raise ValueError(f"configuration {name!r}: {word!r} is no percentage")
         return {attribute: number / 100}

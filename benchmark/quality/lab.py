@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmark.quality.configurations import Configuration
+from benchmark.quality.configurations import LIMITS, Configuration
 from tca_runtime.config import (
     AttentionArgs,
     CacheArgs,
@@ -152,8 +152,8 @@ class Lab:
             When a request was refused or aborted.
         """
         assert self.configuration is not None
-        limit = self.configuration.max_dropped_mass
-        custom = {} if limit is None else {"max_dropped_mass": limit}
+        limits = {name: getattr(self.configuration, name) for name in LIMITS}
+        custom = {name: limit for name, limit in limits.items() if limit is not None}
         for ask in asks:
             sampling = SamplingParams(
                 max_new_tokens=ask.max_new_tokens, temperature=0.0, custom_params=custom

@@ -70,7 +70,7 @@ def _is_plain(c: Configuration) -> bool:
     return (
         first == (32, 512, 64, 2048, 0, 1024)
         and not c.options
-        and c.max_dropped_mass is None
+        and not c.has_limit
         and c.calibration is None
     )
 
@@ -101,11 +101,13 @@ def _is_current(c: Configuration) -> bool:
 def _is_around(c: Configuration) -> bool:
     """Keeps 39 % as served, and differs in one thing from that."""
     budgets = c.calibration in (SHIPPED, QUARTER) or (c.calibration is None and c.prefill == 0.39)
-    return c.policy == FULL or (c.policy == "tca" and c.kept == 0.39 and budgets)
+    return c.policy == FULL or (
+        c.policy == "tca" and c.kept == 0.39 and budgets and not c.has_limit
+    )
 
 
 def _is_auto(c: Configuration) -> bool:
-    return c.max_dropped_mass is not None
+    return c.has_limit
 
 
 def _is_part(c: Configuration) -> bool:
@@ -185,7 +187,7 @@ SECTIONS = {
     "blocks": Section(
         lambda c: c.first_refresh is None and (c.block, c.sigma) != (64, 2.0), lengths=RULER_DATA
     ),
-    "auto": Section(lambda c: c.max_dropped_mass is not None, (*WHERE, *COLUMNS, DROPPED)),
+    "auto": Section(_is_auto, (*WHERE, *COLUMNS, DROPPED)),
     "granularity": Section(
         lambda c: (
             c.prefill == 0.15

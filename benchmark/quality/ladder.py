@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,11 +73,13 @@ class Ladder:
         return onwards.argmax(axis=1)
 
     def row(self, name: str, taken: NDArray[np.int64]) -> list[str]:
-        """Kept share and loss when question ``q`` is answered at ratio ``taken[q]``."""
+        """Kept share and losses when question ``q`` is answered at ratio ``taken[q]``."""
         rows = np.arange(len(taken))
-        lost = self.scores[rows, taken] - self.full
+        scores = self.scores[rows, taken]
         kept = bootstrap(self.kept[rows, taken].tolist(), self.strata)
-        return [name, f"{kept.mean:.1f}", str(bootstrap(lost.tolist(), self.strata))]
+        others = (self.full, self.scores[:, self.ratios.index(MORE)])
+        lost = [str(bootstrap((scores - other).tolist(), self.strata)) for other in others]
+        return [name, f"{kept.mean:.1f}", *lost]
 
 
 def ladder_table(records: Iterable[Record]) -> str:
@@ -96,24 +98,46 @@ def sure_table(records: Iterable[Record]) -> str:
         return [(name.format(LITTLE, MORE, p), ladder.where_sure(p)) for p in SURE]
 
     told = [r for r in records if "sure" in r or r.get("config") == FULL]
-    return _table(told, rows)
+    return _table(told, rows, pooled=True)
 
 
-def _table(records: Iterable[Record], more: Callable[[Ladder], list[Row]]) -> str:
+def _table(
+    records: Iterable[Record], more: Callable[[Ladder], list[Row]], pooled: bool = False
+) -> str:
     by_model: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         if record["kind"] in ("answer", "turn"):
             by_model[record["model"]].append(record)
-    lines = [["model", "questions", "what is kept", "kept %", "minus full"], ["---"] * 5]
-    for model, answers in by_model.items():
-        if (ladder := _ladder(answers)) is None:
-            continue
+    found = {name: ladder for name, a in by_model.items() if (ladder := _ladder(a)) is not None}
+    if pooled and len(found) > 1 and len({ladder.ratios for ladder in found.values()}) == 1:
+        found["all"] = _pooled(found)
+    head = ["model", "questions", "what is kept", "kept %", "minus full", f"minus {MORE:.0%}"]
+    lines = [[cell.replace("9%", "9 %") for cell in head], ["---"] * len(head)]
+    for model, ladder in found.items():
         count = len(ladder.full)
         named = [(f"{ratio:.0%}", np.full(count, i)) for i, ratio in enumerate(ladder.ratios)]
         named += [(f"at most {limit} % dropped", ladder.within(limit / 100)) for limit in LIMITS]
         for name, taken in [*named, *more(ladder)]:
             lines.append([model, str(count), *ladder.row(re.sub(r"(\d)%", r"\1 %", name), taken)])
     return markdown(lines)
+
+
+def _pooled(ladders: Mapping[str, Ladder]) -> Ladder:
+    """Questions of all models, each model's tasks strata of their own."""
+    parts = list(ladders.values())
+
+    def joined(name: str) -> Array:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    return Ladder(
+        ratios=parts[0].ratios,
+        strata=tuple(f"{model} {s}" for model, part in ladders.items() for s in part.strata),
+        scores=joined("scores"),
+        kept=joined("kept"),
+        dropped=joined("dropped"),
+        sure=joined("sure"),
+        full=joined("full"),
+    )
 
 
 def _ladder(records: Sequence[Record]) -> Ladder | None:

@@ -13,7 +13,7 @@ import pytest
 
 from benchmark.quality import report
 from benchmark.quality.cells import cells
-from benchmark.quality.ladder import ladder_table
+from benchmark.quality.ladder import ladder_table, sure_table
 from benchmark.quality.report import books, errors, fill, load_records
 from benchmark.quality.statistics import bootstrap
 from benchmark.quality.tables import NOTHING, lost_table, task_table
@@ -180,6 +180,34 @@ def test_the_ladder_takes_the_smallest_ratio_within_a_limit() -> None:
     assert rows["at most 2 % dropped"] == rows["50 %"], "no ratio is within the limit"
     assert rows["the least that answers as well"][0] == "35.0"
     assert rows["the least that answers as well"][1].startswith("0.0 [")
+
+
+def test_who_is_not_sure_reads_more() -> None:
+    """Of two models; a question that needs more than a fifth is answered without confidence."""
+    records = []
+    for model in ("m", "n"):
+        for number in range(20):
+            needs = 10 if number % 2 else 39
+            records.append(answer("full", "easy", number, 1.0) | {"model": model})
+            for ratio in (10, 15, 20, 32, 39):
+                found = answer(
+                    SERVED.replace("k39", f"k{ratio}"),
+                    "easy",
+                    number,
+                    float(ratio >= needs),
+                    kept=ratio / 100,
+                    dropped=0.05,
+                )
+                records.append(found | {"model": model, "sure": 0.9 if ratio >= needs else 0.55})
+    # Says nothing of how sure it was.
+    records.append(answer(SERVED, "easy", 99, 0.0, kept=0.39, dropped=0.05))
+    cells_of = [line.strip("| ").split(" | ") for line in sure_table(records).split("\n")]
+    rows = {(row[0], row[2]): row[3:] for row in cells_of}
+    assert rows["m", "20 %"][0] == "20.0" and rows["m", "20 %"][2].startswith("-50.0 [")
+    careless, careful = (f"20 %, and 39 % where less sure than {p}" for p in (0.5, 0.6))
+    assert rows["all", careless] == rows["all", "20 %"]
+    assert rows["all", careful] == ["29.5", "0.0 [0.0, 0.0]", "0.0 [0.0, 0.0]"]
+    assert ("all", "40") in {(row[0], row[1]) for row in cells_of}
 
 
 def test_books_have_a_row_per_configuration() -> None:

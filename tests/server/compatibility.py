@@ -171,7 +171,8 @@ _SHARED: dict[str, tuple[Any, str]] = {
     "logit_bias": ({"5": 1.0}, ""),
     "custom_params": (
         {"kept_ratio": 0.5},
-        "settings of selection: tca, kept_ratio, max_dropped_mass, probes; others are ignored",
+        "settings of selection: tca, kept_ratio, max_dropped_mass, min_confidence, probes; "
+        "others are ignored",
     ),
 }
 _SAMPLING_ROWS = [

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 from tca_runtime import launch_server
-from tca_runtime.scheduler import scheduler
+from tca_runtime.scheduler import idle
 
-scheduler.SLOTS_CHECK_SECONDS = 1.5
+idle.SLOTS_CHECK_SECONDS = 1.5
 
 if __name__ == "__main__":
     sys.exit(launch_server.main())

@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 # How a client behaves: reads the reply whole or as a stream, leaves before or during it, has it
@@ -65,6 +65,7 @@ class Traffic:
             self._short: 30,
             self._long: 12,
             self._shared: 22,
+            self._unsure: 8,
             self._endless: 14,
             self._constrained: 10,
             self._several: 6,
@@ -108,6 +109,13 @@ class Traffic:
     def _shared(self, conduct: Conduct, rid: str) -> Job:
         ids = self._random.choice(self._documents) + self._ids(self._random.randint(1, 40))
         return self._generate("shared prefix", conduct, rid, ids, self._random.randint(1, 60))
+
+    def _unsure(self, conduct: Conduct, rid: str) -> Job:
+        # Goes back to wait as soon as a token is drawn with less probability.
+        job = self._shared(conduct, rid)
+        confidence = self._random.choice([0.01, 0.1, 0.9])
+        job.body["sampling_params"]["custom_params"] = {"min_confidence": confidence}
+        return replace(job, kind="unsure")
 
     def _endless(self, conduct: Conduct, rid: str) -> Job:
         # Outgrows the memory that was free when it was admitted: somebody is retracted.

@@ -32,7 +32,7 @@ def submit(engine: Loop, number: int, stems: list[list[int]], dice: random.Rando
         temperature=dice.choice([0.0, 1.0]),
         top_p=dice.choice([1.0, 0.9]),
         ignore_eos=True,
-        custom_params={"tca": False} if dice.random() < 0.2 else {},
+        custom_params=dice.choice([{}, {}, {}, {"tca": False}, {"min_confidence": 0.5}]),
     )
     engine.inbox.submit(str(number), prompt, sampling)
 

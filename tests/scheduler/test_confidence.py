@@ -78,11 +78,12 @@ def test_what_is_drawn_in_vain_is_told_nobody() -> None:
     ("server", "params"),
     [
         ({"tca_retention": "immediate"}, {}),
+        ({"share": False}, {}),
         ({}, {"frequency_penalty": 0.5}),
         ({"tca_config": "uniform:0.1"}, {}),
         ({"disable_tca": True}, {}),
     ],
-    ids=["pruned", "penalised", "little-anyway", "dense"],
+    ids=["pruned", "not-cached", "penalised", "little-anyway", "dense"],
 )
 def test_some_requests_never_begin_with_little(
     server: dict[str, Any], params: dict[str, Any]

@@ -33,6 +33,7 @@ class Intake:
     ----------
     sparsity : the server's settings, None for full attention
     retention : when cached slots can be dropped, so that differently pruned prefixes must not mix
+    share_prefixes : whether what a request gave up is found again
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Intake:
         seed: int | None,
         sparsity: SparsitySettings | None,
         retention: str,
+        share_prefixes: bool = True,
     ) -> None:
         self._limits = limits
         self._eos_ids = eos_ids
@@ -49,6 +51,7 @@ class Intake:
         self._arrivals = itertools.count()
         self._sparsity = sparsity
         self._retention = retention
+        self._can_reread = share_prefixes and retention != "immediate"
 
     def build(self, message: GenerateRequest, waiting: WaitingQueue) -> Request:
         """The request; its ``finish`` is set when it must be refused.
@@ -63,8 +66,8 @@ class Intake:
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(62)
         sampling = RowSampling(params, seed, prompt, self._eos_ids)
         sparsity, refusal = self._sparsity_of(message)
-        if sparsity is not None and (self._retention == "immediate" or sampling.is_penalised):
-            # What was pruned cannot be read again; what was counted cannot be drawn again.
+        if sparsity is not None and (sampling.is_penalised or not self._can_reread):
+            # What was counted cannot be drawn again; what was pruned cannot be read again.
             sparsity = sparsity.raised()
         refusal = refusal or self._refusal(message, len(prompt), room, waiting)
         return Request(

@@ -111,6 +111,7 @@ class Scheduler:
             config.scheduler.random_seed,
             engine.sparsity,
             self._retention,
+            engine.cache.share_prefixes,
         )
         self._deadlines = Deadlines(config.scheduler)
         self._control = ControlHandler(self, engine, config)

@@ -140,6 +140,11 @@ class SparsityArgs:
     )
     tca_refresh: int = _option(1024, "most generated tokens between selections of a decode view")
     tca_tail: int = _option(512, "last tokens of a prompt that attend to everything before them")
+    tca_min_confidence: float = _option(
+        0.0,
+        "decode with a fifth of the prompt until a token is less likely than this, draw it again "
+        "with all that is configured; 0 never begins with less",
+    )
     tca_retention: str = _option(
         "on-pressure",
         "when unselected slots leave the device",

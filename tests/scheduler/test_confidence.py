@@ -96,6 +96,22 @@ def test_some_requests_never_begin_with_little(
     assert made.scheduler.state()["num_raised"] == 0
 
 
+def test_a_server_may_begin_all_requests_with_little() -> None:
+    server = Server(tca_min_confidence=NEVER)
+    for rid, params in {
+        "usual": {},
+        "own": {"min_confidence": ALWAYS},
+        "off": {"min_confidence": 0},
+        "mass": {"max_dropped_mass": 0.5},
+    }.items():
+        server.submit(rid, prompt(1, 900), **params)
+    server.run()
+    assert report(server, "usual")["raised_at"] == 1
+    raised = [rid for rid in ("own", "off", "mass") if "raised_at" in report(server, rid)]
+    assert not raised and server.scheduler.state()["num_raised"] == 1
+    assert report(server, "own")["kept_ratio"] < report(server, "off")["kept_ratio"]
+
+
 def test_two_limits_exclude_each_other() -> None:
     server = Server()
     server.submit("r", prompt(1, 20), min_confidence=0.5, max_dropped_mass=0.1)

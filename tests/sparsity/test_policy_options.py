@@ -96,3 +96,9 @@ def test_what_is_chosen_names_the_cache() -> None:
     settings = [load(), load(tca_policy="tca:score=mass"), load(tca_selection="one-shot")]
     assert len({s.fingerprint for s in settings}) == 3
     assert [s.one_shot for s in settings] == [False, False, True]
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_a_confidence_is_a_probability(value: float) -> None:
+    with pytest.raises(ConfigurationError, match=r"^--tca-min-confidence must be in \[0, 1\]"):
+        load_settings(SparsityArgs(tca_min_confidence=value), MODEL, "m")

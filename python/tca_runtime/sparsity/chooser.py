@@ -253,6 +253,8 @@ def request_sparsity(
         )
     if probes is not None:
         settings = replace(settings, probes=int(probes))
+    if confidence is None and mass is None:
+        confidence = settings.min_confidence
     if not confidence or settings.decode.keep_ratio.mean() <= LITTLE:
         return RequestSparsity(settings, mass)
     little = replace(settings, decode=settings.decode.at_ratio(LITTLE))

@@ -30,9 +30,13 @@ def load_settings(
     Raises
     ------
     ConfigurationError
-        For a file or a uniform ratio that does not fit the model, or an unknown threshold, policy
-        or option of a policy.
+        For a file or a uniform ratio that does not fit the model, an unknown threshold, policy or
+        option of a policy, or a confidence that is no probability.
     """
+    if not 0.0 <= args.tca_min_confidence <= 1.0:
+        raise ConfigurationError(
+            f"--tca-min-confidence must be in [0, 1], got {args.tca_min_confidence:g}"
+        )
     if args.disable_tca:
         return None
     policy = _policy(args.tca_policy)
@@ -56,6 +60,7 @@ def load_settings(
         first_refresh=args.tca_first_refresh,
         refresh=args.tca_refresh,
         tail=args.tca_tail,
+        min_confidence=args.tca_min_confidence,
         one_shot=args.tca_selection == "one-shot",
         window=settings.window if args.tca_window is None else args.tca_window,
         probes=settings.probes if args.tca_probes is None else args.tca_probes,

@@ -129,6 +129,7 @@ class SparsitySettings:
     tail : last tokens of a prompt whose queries see their whole past; a question is usually there,
         and what its queries find decides the answer
     one_shot : prompts are computed with full attention, only the decode view is selected
+    min_confidence : of requests that do not say it themselves, see ``RequestSparsity``; 0 for none
     """
 
     policy: SelectionPolicy
@@ -143,6 +144,7 @@ class SparsitySettings:
     refresh_probes: int = 8
     tail: int = 512
     one_shot: bool = False
+    min_confidence: float = 0.0
 
     @property
     def block(self) -> int:

@@ -118,4 +118,4 @@ def test_traffic_is_the_same_for_the_same_seed() -> None:
     jobs = [(first.job(), second.job()) for _ in range(200)]
     for a, b in jobs:
         assert (a.kind, a.conduct, a.rid, a.body) == (b.kind, b.conduct, b.rid, b.body)
-    assert len({a.kind for a, _ in jobs}) == 10
+    assert len({a.kind for a, _ in jobs}) == 11

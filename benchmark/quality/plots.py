@@ -31,6 +31,8 @@ def _series(cell: Cell) -> str | None:
     plain = (made.probes, made.block) == (32, 64) and not made.options
     if made.policy == FULL or not plain or cell.kept is None:
         return None
+    if made.min_confidence is not None:
+        return f"{made.policy}, more where not sure"
     if made.tail:
         budgets = "calibrated" if made.calibration else "uniform"
         return f"{made.policy}, {100 * (made.prefill or 1):.0f} % in prefill, tail, {budgets}"

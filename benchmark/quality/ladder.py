@@ -7,7 +7,6 @@ So is what a model would have answered that reads more where it is not sure (``s
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +19,13 @@ from benchmark.quality.configurations import SHIPPED, Configuration
 from benchmark.quality.records import Record
 from benchmark.quality.statistics import bootstrap
 from benchmark.quality.tables import markdown
+from tca_runtime.sparsity.chooser import LITTLE
 
 # Percent of the attention mass.
 LIMITS = (2, 3, 4, 5, 6, 7, 8, 9)
 # Where the model is less sure than that while it reads ``LITTLE``, it would read ``MORE``.
 SURE = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8)
-LITTLE, MORE = 0.2, 0.39
+MORE = 0.39
 # Ratios without which a model's answers are no ladder.
 FEWEST_RATIOS = 5
 
@@ -94,8 +94,8 @@ def sure_table(records: Iterable[Record]) -> str:
     """
 
     def rows(ladder: Ladder) -> list[Row]:
-        name = "{:.0%}, and {:.0%} where less sure than {}"
-        return [(name.format(LITTLE, MORE, p), ladder.where_sure(p)) for p in SURE]
+        name = f"{_percent(LITTLE)}, and {_percent(MORE)} where less sure than"
+        return [(f"{name} {p}", ladder.where_sure(p)) for p in SURE]
 
     told = [r for r in records if "sure" in r or r.get("config") == FULL]
     return _table(told, rows, pooled=True)
@@ -111,15 +111,19 @@ def _table(
     found = {name: ladder for name, a in by_model.items() if (ladder := _ladder(a)) is not None}
     if pooled and len(found) > 1 and len({ladder.ratios for ladder in found.values()}) == 1:
         found["all"] = _pooled(found)
-    head = ["model", "questions", "what is kept", "kept %", "minus full", f"minus {MORE:.0%}"]
-    lines = [[cell.replace("9%", "9 %") for cell in head], ["---"] * len(head)]
+    head = ["model", "questions", "what is kept", "kept %", "minus full", f"minus {_percent(MORE)}"]
+    lines = [head, ["---"] * len(head)]
     for model, ladder in found.items():
         count = len(ladder.full)
-        named = [(f"{ratio:.0%}", np.full(count, i)) for i, ratio in enumerate(ladder.ratios)]
+        named = [(_percent(ratio), np.full(count, i)) for i, ratio in enumerate(ladder.ratios)]
         named += [(f"at most {limit} % dropped", ladder.within(limit / 100)) for limit in LIMITS]
         for name, taken in [*named, *more(ladder)]:
-            lines.append([model, str(count), *ladder.row(re.sub(r"(\d)%", r"\1 %", name), taken)])
+            lines.append([model, str(count), *ladder.row(name, taken)])
     return markdown(lines)
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.0f} %"
 
 
 def _pooled(ladders: Mapping[str, Ladder]) -> Ladder:

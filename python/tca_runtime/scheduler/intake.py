@@ -43,7 +43,7 @@ class Intake:
         seed: int | None,
         sparsity: SparsitySettings | None,
         retention: str,
-        share_prefixes: bool = True,
+        share_prefixes: bool,
     ) -> None:
         self._limits = limits
         self._eos_ids = eos_ids

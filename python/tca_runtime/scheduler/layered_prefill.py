@@ -62,17 +62,19 @@ class LayeredPrefill:
                 break
         return before - self.step.parts_left
 
-    def note(self, num_parts: int, seconds: float) -> None:
-        """Take what so many parts took.
+    def note(self, num_parts: int, seconds: float) -> float:
+        """Take what so many parts took; returns what one takes as far as is known.
 
         The device may have waited for the first ones, so what is known says more than they do.
         """
         self._num_noted += 1
-        if self._num_noted == 1 and self.part_seconds is not None:
-            return
-        measured = max(seconds / num_parts, 1e-6)
-        old = self.part_seconds
-        self.part_seconds = measured if old is None else (old + measured) / 2
+        old, measured = self.part_seconds, max(seconds / num_parts, 1e-6)
+        if old is None:
+            self.part_seconds = measured
+        elif self._num_noted > 1:
+            self.part_seconds = (old + measured) / 2
+        assert self.part_seconds is not None
+        return self.part_seconds
 
     @property
     def weight(self) -> int:

@@ -75,10 +75,9 @@ class PrefillPace:
         """
         return self._part_seconds.get(num_tokens.bit_length()) if self.is_layered else None
 
-    def note_part(self, num_tokens: int, seconds: float | None) -> None:
+    def note_part(self, num_tokens: int, seconds: float) -> None:
         """Remember ``part_seconds``."""
-        if seconds is not None:
-            self._part_seconds[num_tokens.bit_length()] = seconds
+        self._part_seconds[num_tokens.bit_length()] = seconds
 
     def beyond_decode(self, seconds: float) -> float:
         """How much longer a step took than one that only decodes."""

@@ -332,8 +332,8 @@ class Scheduler:
         if layered is None or not launched.between:
             pace.record(len(done.decode), sum(c.weight for c in done.chunks), seconds)
         elif done.decode and not done.chunks:
-            layered.note(launched.between, pace.beyond_decode(seconds))
-            pace.note_part(layered.weight, layered.part_seconds)
+            part = layered.note(launched.between, pace.beyond_decode(seconds))
+            pace.note_part(layered.weight, part)
 
     def _end_finished(self) -> None:
         """The one place where requests end: terminal reply, then release.

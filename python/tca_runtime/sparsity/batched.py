@@ -20,7 +20,7 @@ from tca_kernels.score import probe_scores
 from tca_kernels.select import block_scores, select
 from tca_runtime.attention.base import AttentionShape, LayerAttention, PieceLists
 from tca_runtime.cache.slot_pool import SlotPool
-from tca_runtime.sparsity.batched_decode import Ranking, joined
+from tca_runtime.sparsity.batched_decode import Ranking, even_cuts, joined
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView
 from tca_runtime.sparsity.last_queries import LastQueries
 from tca_runtime.sparsity.policies.tca import TCAPolicy
@@ -220,7 +220,7 @@ def ranking_of(work: ChunkSelection, num_queries: int) -> Ranking:
 def _pieces(chunk: int, work: ChunkSelection, token_start: int) -> list[Piece]:
     settings = work.request.settings
     end = work.lists.end
-    cuts = _cuts(end - work.num_tokens, end, settings.granularity)
+    cuts = even_cuts(end - work.num_tokens, end, settings.granularity)
     return [
         Piece(
             chunk,
@@ -231,12 +231,6 @@ def _pieces(chunk: int, work: ChunkSelection, token_start: int) -> list[Piece]:
         )
         for a, b in zip(cuts, cuts[1:], strict=False)
     ]
-
-
-def _cuts(begin: int, end: int, granularity: int) -> list[int]:
-    """Bounds of the pieces: as few as the granularity allows, all about equally long."""
-    count = -(-(end - begin) // granularity)
-    return [begin + (end - begin) * i // count for i in range(count + 1)]
 
 
 def _piece_starts(

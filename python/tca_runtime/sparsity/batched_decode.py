@@ -75,26 +75,20 @@ class BatchedDecodeViews:
 
     Parameters
     ----------
-    works : each with candidates for its decode view
+    scored : each with candidates for its decode view
     layers : which; all of them where a request limits the dropped mass
-    scores : of each request, float32 ``[rows * num_candidates]``
     """
 
     def __init__(
         self,
-        works: Sequence[ChunkSelection],
+        scored: Sequence[_Scored],
         layers: slice,
-        scores: Sequence[Tensor],
         ranking: Ranking,
-        shape: AttentionShape,
         pool: SlotPool,
     ) -> None:
+        self._scored = scored
         self._layers = layers
-        self._rows = (layers.stop - layers.start) * shape.num_kv_heads
-        self._scored = [
-            _Scored(work, num_candidates(work), _slots_of(work, layers, shape), own)
-            for work, own in zip(works, scores, strict=True)
-        ]
+        self._rows = len(scored[0].slots)
         self._ranking = ranking
         self._pool = pool
 
@@ -216,8 +210,9 @@ def _views_of_layers(
     shape: AttentionShape,
     pool: SlotPool,
 ) -> list[DecodeView]:
-    rows = (layers.stop - layers.start) * shape.num_kv_heads
-    arena = joined([_slots_of(work, layers, shape).flatten() for work in works])
+    heads = shape.num_kv_heads
+    slots = [work.lists.dense()[layers.start * heads : layers.stop * heads] for work in works]
+    arena, rows = joined([own.flatten() for own in slots]), len(slots[0])
     lengths = torch.tensor([work.lists.end for work in works]).repeat_interleave(rows)
     start = upload(lengths.cumsum(0) - lengths, arena.device).view(-1, shape.num_kv_heads)
     counts = [num_candidates(work) for work in works]
@@ -231,7 +226,8 @@ def _views_of_layers(
         shape.scale,
     )
     by_request = scores.split([count * rows for count in counts])
-    return BatchedDecodeViews(works, layers, by_request, ranking, shape, pool).choose()
+    scored = [_Scored(*one) for one in zip(works, counts, slots, by_request, strict=True)]
+    return BatchedDecodeViews(scored, layers, ranking, pool).choose()
 
 
 def _over_layers(parts: Sequence[DecodeView], ranking: Ranking) -> DecodeView:
@@ -253,12 +249,6 @@ def _over_layers(parts: Sequence[DecodeView], ranking: Ranking) -> DecodeView:
 
 def _report(kept: Tensor, of: Tensor, ranking: Ranking) -> dict[str, Any]:
     return {"kept_ratio": kept.numel() / of.numel(), "probes": ranking.probes}
-
-
-def _slots_of(work: ChunkSelection, layers: slice, shape: AttentionShape) -> Tensor:
-    """int32 ``[rows of the layers, tokens]``."""
-    heads = shape.num_kv_heads
-    return work.lists.dense()[layers.start * heads : layers.stop * heads]
 
 
 def num_candidates(work: ChunkSelection) -> int:
@@ -284,11 +274,17 @@ def _layer_groups(works: Sequence[ChunkSelection], num_layers: int) -> list[slic
     A limit on the dropped mass is on the mean of all layers.
     """
     entries = sum(work.lists.num_slots for work in works)
-    count = min(-(-entries // ENTRIES_AT_ONCE), num_layers)
+    at_once = max(num_layers * ENTRIES_AT_ONCE // max(entries, 1), 1)
     if any(work.request.max_dropped_mass is not None for work in works):
-        count = 1
-    cuts = [num_layers * i // count for i in range(count + 1)]
+        at_once = num_layers
+    cuts = even_cuts(0, num_layers, at_once)
     return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def even_cuts(begin: int, end: int, longest: int) -> list[int]:
+    """Bounds of the pieces: as few as may be that long, all about equally long."""
+    count = -(-(end - begin) // longest)
+    return [begin + (end - begin) * i // count for i in range(count + 1)]
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -77,6 +77,7 @@ class BudgetTable:
         """Every mu moved by ``delta``."""
         return replace(self, mu=self.mu + delta)
 
+    @lru_cache(maxsize=256)  # noqa: B019 - as below; requests that want the same share it
     def at_ratio(self, ratio: float) -> BudgetTable:
         """The shift of this table whose average keep ratio is ``ratio``."""
         if not 1 / self.block <= ratio <= 1:

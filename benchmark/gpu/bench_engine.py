@@ -195,10 +195,12 @@ def timed_prefill(run: BenchRun, engine: Engine, context: int, mode: str) -> flo
 
 
 def prefills(run: BenchRun, engine: Engine) -> None:
+    # Twice the usual chunk gives dense prefill larger products too, so it is there as well.
+    other_chunks = ("39/4096", "fa3/16384", "10/16384", "39/16384")
     plan = {
         32768: ("fa3", "fa2", "10", "15", "39"),
         65536: ("fa3", "fa2", "10", "15", "39"),
-        131072: ("fa3", "fa2", "10", "10/4096", "15", "39", "39/4096"),
+        131072: ("fa3", "fa2", "10", "10/4096", "15", "39", *other_chunks),
         262144: ("fa3", "10"),
     }
     if run.tiny:

@@ -46,12 +46,24 @@ Replies = tuple[Prompts, list[float]]
 class Runtime:
     """Scheduler and engine without processes, HTTP and text."""
 
-    def __init__(self, model: ModelArgs, sessions: int, chunk: int, tca: str | None) -> None:
+    def __init__(
+        self,
+        model: ModelArgs,
+        sessions: int,
+        chunk: int,
+        tca: str | None,
+        min_confidence: float = 0.0,
+    ) -> None:
         config = RuntimeConfig(
             model=model,
             cache=CacheArgs(mem_fraction=0.85),
             scheduler=SchedulerArgs(max_running_requests=sessions, chunked_prefill_size=chunk),
-            sparsity=SparsityArgs(disable_tca=tca is None, tca_config=tca, host_cache_size=0.0),
+            sparsity=SparsityArgs(
+                disable_tca=tca is None,
+                tca_config=tca,
+                tca_min_confidence=min_confidence,
+                host_cache_size=0.0,
+            ),
         )
         self.engine = Engine(config)
         self.engine.warm_up()
@@ -130,14 +142,15 @@ def talk(
 def sides(model: ModelArgs, args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """What to compare: name -> something that loads it."""
 
-    def runtime(tca: str | None) -> Callable[[], Any]:
-        return lambda: Runtime(model, args.sessions, args.chunk, tca)
+    def runtime(tca: str | None, min_confidence: float = 0.0) -> Callable[[], Any]:
+        return lambda: Runtime(model, args.sessions, args.chunk, tca, min_confidence)
 
-    return {
-        "dense": runtime(None),
-        f"tca {args.tca_config}": runtime(args.tca_config),
-        "transformers": lambda: TransformersPeer(model),
-    }
+    found = {"dense": runtime(None), f"tca {args.tca_config}": runtime(args.tca_config)}
+    for confidence in args.min_confidence:
+        name = f"tca {args.tca_config} min_confidence {confidence:g}"
+        found[name] = runtime(args.tca_config, confidence)
+    found["transformers"] = lambda: TransformersPeer(model)
+    return found
 
 
 def main() -> int:
@@ -152,6 +165,13 @@ def main() -> int:
     parser.add_argument("--reply", type=int, default=128)
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--tca-config", default="uniform:0.15,0.39")
+    parser.add_argument(
+        "--min-confidence",
+        type=float,
+        nargs="*",
+        default=[],
+        help="sides that read more where the model is not sure, which random words always make it",
+    )
     parser.add_argument("--skip", nargs="*", default=[], help="sides to leave out")
     parser.add_argument("--output-dir", type=Path, default=Path("benchmark/results"))
     args = parser.parse_args()

@@ -349,6 +349,12 @@ def test_a_gpu_remembers_what_a_layer_takes() -> None:
     assert known.part_seconds == 0.5
     known.note(2, 2.0)
     assert known.part_seconds == 0.75
+    # Nor does the last one say that the next chunk is cheap, but that it is dear.
+    known.advance(math.inf)
+    known.note(1, 0.1)
+    assert known.part_seconds == 0.75
+    known.note(1, 1.5)
+    assert known.part_seconds == 1.5
 
 
 def test_time_beside_a_step_follows_from_what_it_takes() -> None:

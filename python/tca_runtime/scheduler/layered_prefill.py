@@ -65,13 +65,17 @@ class LayeredPrefill:
     def note(self, num_parts: int, seconds: float) -> float:
         """Take what so many parts took; returns what one takes as far as is known.
 
-        The device may have waited for the first ones, so what is known says more than they do.
+        The device may have waited for the first ones, and the last layer of a chunk that does not
+        end its prompt computes little: what is known says more than such turns, unless they took
+        longer.
         """
         self._num_noted += 1
         old, measured = self.part_seconds, max(seconds / num_parts, 1e-6)
         if old is None:
             self.part_seconds = measured
-        elif self._num_noted > 1:
+        elif self._num_noted == 1 or self.is_done:
+            self.part_seconds = max(old, measured)
+        else:
             self.part_seconds = (old + measured) / 2
         assert self.part_seconds is not None
         return self.part_seconds

@@ -267,7 +267,7 @@ def prefix_hits(run: BenchRun, engine: Engine) -> None:
     again = prefill(engine, tokens, wanted)
     view = again.view
     if view is not None:
-        prune = clock(lambda: engine.cache.prune(again.sequence, view.lists, view.keep))
+        prune = clock(lambda: engine.cache.prune(again.sequence, view.num_tokens, view.slots))
         run.record("prune", seconds=prune, kept=view.report["kept_ratio"])
     release(engine, again)
     for seed in (5, 6):

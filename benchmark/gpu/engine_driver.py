@@ -112,7 +112,7 @@ def prefill(
         in_flight.result()
     cache.commit(NAMESPACE, sequence, tokens)
     if view is not None:
-        cache.show(sequence, view.lengths, view.slots)
+        cache.show([sequence], [view.lengths], [view.slots])
     torch.cuda.synchronize()
     return Prefilled(sequence, tokens, time.perf_counter() - begin, view)
 
@@ -152,7 +152,7 @@ def synthetic_sequences(
     for _ in range(batch):
         total = int(lengths.sum())
         slots = torch.randint(1, pool.capacity, (total,), dtype=torch.int32, device=engine.device)
-        lists = HeadSlots(0, context, lengths, slots[:0], slots)
+        lists = HeadSlots(0, context, lengths, slots)
         view = engine.cache.views.open([lists], steps)
         if view is None:
             for made in sequences:

@@ -179,7 +179,7 @@ class CacheMachine(RuleBasedStateMachine):
         chance = torch.rand(lists.num_slots, generator=torch.Generator().manual_seed(seed))
         keep = (chance < 0.6) | (lists.positions == lists.end - 1)
         kept = lists.partition(keep)[0]
-        if not self.manager.show(sequence, kept.lengths, kept.slots):
+        if self.manager.show([sequence], [kept.lengths], [kept.slots]) == [False]:
             return
         run.selected_at = sequence.computed
         run.selected = [
@@ -187,7 +187,7 @@ class CacheMachine(RuleBasedStateMachine):
             for row, (positions, _) in enumerate(kept.split_rows())
         ]
         if drop and self.prunes:
-            self.manager.prune(sequence, lists, keep)
+            self.manager.prune(sequence, lists.end, kept.slots)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), keep=st.booleans())

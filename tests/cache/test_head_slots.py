@@ -25,8 +25,8 @@ def ragged(draw: st.DrawFn) -> HeadSlots:
         begin,
         begin + tokens,
         mask.sum(axis=1).astype(np.int64),
-        torch.from_numpy(positions.astype(np.int32)),
         torch.from_numpy(slots.astype(np.int32)),
+        torch.from_numpy(positions.astype(np.int32)),
     )
 
 

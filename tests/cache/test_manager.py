@@ -107,7 +107,7 @@ def test_a_view_that_cannot_be_replaced_is_kept() -> None:
     # Another view takes all but the arena's last entries.
     assert manager.views.open([], manager.views.num_free // ROWS) is not None
     lists = HeadSlots.concat(manager.parts(sequence))
-    assert not manager.show(sequence, lists.lengths, lists.slots)
+    assert manager.show([sequence], [lists.lengths], [lists.slots]) == [False]
     after = manager.views.lists(torch.tensor([sequence.view.index]))
     assert torch.equal(after.start, before.start) and torch.equal(after.length, before.length)
 
@@ -200,6 +200,6 @@ def test_tokens_computed_anew_are_seen_though_the_tree_has_lost_them(host_tokens
     for row, (positions, slots) in enumerate(lists.split_rows()):
         assert positions.tolist()[-5:] == [2, 3, 4, 5, 6]
         assert slots.tolist()[-5:] == own[row].tolist()
-    manager.prune(sequence, lists, torch.rand(lists.num_slots) < 0.5)
+    manager.prune(sequence, lists.end, lists.slots[torch.rand(lists.num_slots) < 0.5])
     manager.release(Namespace(), sequence, tokens)
     manager.check()

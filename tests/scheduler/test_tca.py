@@ -229,9 +229,9 @@ def test_a_view_is_selected_anew_as_the_output_doubles(monkeypatch: pytest.Monke
     sizes: list[int] = []
     show = server.engine.cache.show
 
-    def recording(sequence: Sequence, *view: Any) -> bool:
-        sizes.append(sequence.computed - 600)
-        return show(sequence, *view)
+    def recording(sequences: list[Sequence], *views: Any) -> list[bool]:
+        sizes.extend(sequence.computed - 600 for sequence in sequences)
+        return show(sequences, *views)
 
     monkeypatch.setattr(server.engine.cache, "show", recording)
     server.ask(prompt(1, 600), 170)

@@ -174,8 +174,8 @@ def test_bounds_hold_in_every_layer_and_head(
     check(forcing.errors(prompt, TOKENS, keep))
 
     view = prompt.decode_view(wanted.decode)
-    assert view is not None
-    keep = view.keep.view(keep.shape)
+    assert view is not None and prompt.work is not None
+    keep = torch.isin(prompt.work.lists.slots, view.slots).view(keep.shape)
     of_probes = check(forcing.errors(prompt, TOKENS, keep))
     # Replies report just this.
     assert float(view.dropped_mass) == pytest.approx(of_probes, rel=1e-3)

@@ -111,7 +111,7 @@ class Model:
             assert torch.allclose(got, expected, atol=1e-5)
         view = selection.decode_view(0)
         if view is not None:
-            self.cache.show(sequence, view.lengths, view.slots)
+            self.cache.show([sequence], [view.lengths], [view.slots])
             self.kept = [
                 {position_of[int(s)] for s in row}
                 for row in torch.split(view.slots, view.lengths.tolist())

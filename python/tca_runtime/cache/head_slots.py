@@ -24,25 +24,24 @@ class HeadSlots:
     ----------
     begin, end : absolute token positions covered
     lengths : int64 ``[rows]``, on the host
-    positions, slots : int32 ``[sum(lengths)]``, contiguous, row after row, on the device
+    slots : int32 ``[sum(lengths)]``, contiguous, row after row, on the device
+    listed : the positions of the slots, alike; None of complete rows, whose positions are known
     """
 
     begin: int
     end: int
     lengths: NDArray[np.int64]
-    positions: Tensor
     slots: Tensor
+    listed: Tensor | None = None
 
     @staticmethod
     def full(begin: int, slots: Tensor) -> HeadSlots:
         """Every token of every row: ``slots`` is int32 ``[rows, tokens]``."""
         rows, tokens = slots.shape
-        positions = torch.arange(begin, begin + tokens, dtype=torch.int32, device=slots.device)
         return HeadSlots(
             begin=begin,
             end=begin + tokens,
             lengths=np.full(rows, tokens, dtype=np.int64),
-            positions=positions.repeat(rows),
             # A column of one token would be a view with a stride; kernels read lists in a row.
             slots=slots.reshape(-1).contiguous(),
         )
@@ -50,8 +49,7 @@ class HeadSlots:
     @staticmethod
     def nothing() -> HeadSlots:
         """No tokens and no rows: what a root holds."""
-        empty = torch.empty(0, dtype=torch.int32)
-        return HeadSlots(0, 0, np.zeros(0, np.int64), empty, empty)
+        return HeadSlots(0, 0, np.zeros(0, np.int64), torch.empty(0, dtype=torch.int32))
 
     @staticmethod
     def concat(parts: Sequence[HeadSlots]) -> HeadSlots:
@@ -71,8 +69,8 @@ class HeadSlots:
             begin=parts[0].begin,
             end=parts[-1].end,
             lengths=lengths,
-            positions=torch.cat([positions for positions, _ in order]),
             slots=torch.cat([slots for _, slots in order]),
+            listed=torch.cat([positions for positions, _ in order]),
         )
 
     @staticmethod
@@ -91,8 +89,17 @@ class HeadSlots:
         key = (rows << 32) + positions
         order = key.argsort()
         return HeadSlots(
-            left.begin, left.end, left.lengths + right.lengths, positions[order], slots[order]
+            left.begin, left.end, left.lengths + right.lengths, slots[order], positions[order]
         )
+
+    @property
+    def positions(self) -> Tensor:
+        """Of the slots: int32 ``[sum(lengths)]``, contiguous."""
+        if self.listed is not None:
+            return self.listed
+        device = self.slots.device
+        tokens = torch.arange(self.begin, self.end, dtype=torch.int32, device=device)
+        return tokens.repeat(len(self.lengths))
 
     @property
     def num_tokens(self) -> int:
@@ -152,21 +159,17 @@ class HeadSlots:
         ends = torch.from_numpy(self.lengths.cumsum()).to(chosen.device)
         before = torch.nn.functional.pad(chosen.cumsum(0), (1, 0))
         counts = before[ends].diff(prepend=before[:1]).cpu().numpy()
-        rest = ~chosen
-        return (
-            HeadSlots(self.begin, self.end, counts, self.positions[chosen], self.slots[chosen]),
-            HeadSlots(
-                self.begin,
-                self.end,
-                self.lengths - counts,
-                self.positions[rest],
-                self.slots[rest],
-            ),
-        )
+        positions = self.positions
+
+        def part(lengths: NDArray[np.int64], inside: Tensor) -> HeadSlots:
+            return HeadSlots(self.begin, self.end, lengths, self.slots[inside], positions[inside])
+
+        return part(counts, chosen), part(self.lengths - counts, ~chosen)
 
     def with_slots(self, slots: Tensor) -> HeadSlots:
         """The same tokens in other slots, listed in the same order."""
-        return replace(self, slots=slots, positions=self.positions.to(slots.device))
+        listed = None if self.listed is None else self.listed.to(slots.device)
+        return replace(self, slots=slots, listed=listed)
 
 
 def _row_of(lengths: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -220,28 +220,38 @@ class CacheManager:
             parts.append(owned.split(sequence.computed)[0])
         return parts
 
-    def show(self, sequence: Sequence, lengths: NDArray[np.int64], slots: Tensor) -> bool:
-        """Let a sequence attend to ``slots`` only (row after row), and to what follows.
+    def show(
+        self,
+        sequences: Many[Sequence],
+        lengths: Many[NDArray[np.int64]],
+        slots: Many[Tensor],
+    ) -> list[bool]:
+        """Let each sequence attend to its ``slots`` only (row after row), and to what follows.
 
-        False without room for the new lists: it keeps seeing what it saw, none of which may then
-        be dropped. Reserved slots are given back.
+        False where there is no room for the new lists: it keeps seeing what it saw, none of which
+        may then be dropped. Reserved slots are given back.
         """
-        self._unreserve(sequence)
-        if self.views.replace(sequence.view, lengths, slots, VIEW_GROWTH):
-            return True
-        logger.warning("the view arena is full: a request keeps its old view")
-        return False
+        for sequence in sequences:
+            self._unreserve(sequence)
+        views = [sequence.view for sequence in sequences]
+        shown = self.views.replace(views, lengths, slots, VIEW_GROWTH)
+        if not all(shown):
+            logger.warning("the view arena is full: %d keep their old view", shown.count(False))
+        return shown
 
-    def prune(self, sequence: Sequence, lists: HeadSlots, keep: Tensor) -> None:
+    def prune(self, sequence: Sequence, num_tokens: int, shown: Tensor) -> None:
         """Drop for good what a committed sequence's view does not show.
 
-        ``lists`` and ``keep`` cover its tokens from 0. Nodes that others use too stay whole.
+        ``shown``: the slots that the view has of its first ``num_tokens`` tokens. Nodes that others
+        use too stay whole, and so do those of which the request reads its own copy.
         """
+        kept = torch.zeros(self.pool.capacity + 1, dtype=torch.bool, device=shown.device)
+        kept.index_fill_(0, shown.long(), True)
         for node in self.tree.path(sequence.handle):
-            begin, end = node.slots.begin, node.slots.end
-            inside = keep[(lists.positions >= begin) & (lists.positions < end)]
-            if node.locks == 1 and len(inside) == node.slots.num_slots:
-                self.reclaimer.prune(node, inside)
+            part = node.slots
+            is_own = part.is_full or sequence.copy_of(part.begin, part.end) is None
+            if node.locks == 1 and part.end <= num_tokens and is_own:
+                self.reclaimer.prune(node, kept[part.slots])
 
     def flush(self) -> None:
         """Drop every unlocked prefix."""

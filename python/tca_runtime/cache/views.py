@@ -12,7 +12,11 @@ from torch import Tensor
 from tca_kernels.dispatch import upload
 from tca_runtime.attention.base import SlotLists
 from tca_runtime.cache.head_slots import HeadSlots
+from tca_runtime.cache.runs import bounded, joined
 from tca_runtime.cache.segments import SegmentAllocator
+
+# Entries of lists that are written together; bounds the memory of their places, 24 bytes each.
+WRITTEN_AT_ONCE = 1 << 25
 
 
 class View:
@@ -94,7 +98,7 @@ class ViewTable:
         if not self._indices or (offset := self._segments.allocate(size)) is None:
             return None
         view = View(self._indices.pop(), offset, size, lengths, headroom)
-        start = self._place(view.index, offset, lengths, headroom)
+        start = self._place([view.index], [offset], lengths[None], headroom)
         for part in parts:
             self._scatter(start, part.lengths, part.slots)
             start += part.lengths
@@ -117,21 +121,47 @@ class ViewTable:
             return False
         uniform = view.uniform_length
         if uniform is not None:
-            slots = self._block(view.offset, view.size // self.rows, uniform)
+            slots = self._block(view.offset, view.size // self.rows, uniform, self.rows)
         else:
             slots = self.arena[_flat_index(self.start[view.index], lengths)]
-        self._scatter(self._place(view.index, offset, lengths, headroom), lengths, slots)
+        start = self._place([view.index], [offset], lengths[None], headroom)
+        self._scatter(start, lengths, slots)
         self._segments.free(view.offset, view.size)
         view.offset, view.size, view.headroom = offset, size, headroom
         return True
 
-    def replace(self, view: View, lengths: NDArray[np.int64], slots: Tensor, headroom: int) -> bool:
-        """Show other lists (``slots`` row after row, ``lengths`` per row); False when full."""
+    def replace(
+        self,
+        views: Sequence[View],
+        lengths: Sequence[NDArray[np.int64]],
+        slots: Sequence[Tensor],
+        headroom: int,
+    ) -> list[bool]:
+        """Show other lists (``slots`` row after row, ``lengths`` per row); False where full.
+
+        All are written together: a view for itself takes about fifteen launches.
+        """
+        shown = [self._move(*one, headroom) for one in zip(views, lengths, strict=True)]
+        done = [i for i, fits in enumerate(shown) if fits]
+        for part in bounded([slots[i].numel() for i in done], WRITTEN_AT_ONCE):
+            some = done[part]
+            moved, sizes = [views[i] for i in some], np.stack([lengths[i] for i in some])
+            self._scatter(
+                self._place([v.index for v in moved], [v.offset for v in moved], sizes, headroom),
+                sizes.ravel(),
+                joined([slots[i] for i in some]),
+            )
+        return shown
+
+    def _move(self, view: View, lengths: NDArray[np.int64], headroom: int) -> bool:
+        """Give a view another segment, whose lists are still to be written.
+
+        What others were shown until now may lie there: steps that read it were launched before.
+        """
         size = int(lengths.sum()) + headroom * self.rows
         offset = self._segments.allocate(size)
         if offset is None:
             return False
-        self._scatter(self._place(view.index, offset, lengths, headroom), lengths, slots)
         self._segments.free(view.offset, view.size)
         view.offset, view.size, view.lengths = offset, size, lengths
         view.headroom, view.grown, view.prepared = headroom, 0, 0
@@ -145,7 +175,7 @@ class ViewTable:
         uniform = view.uniform_length
         if uniform is not None:
             begin = view.offset + uniform + view.prepared
-            self._block(begin, view.size // self.rows, count).copy_(slots)
+            self._block(begin, view.size // self.rows, count, self.rows).copy_(slots)
         else:
             tail = self.start[view.index] + self.length[view.index] + view.prepared
             steps = torch.arange(count, device=self.arena.device)
@@ -178,33 +208,43 @@ class ViewTable:
         return self.arena[lists.start + (lists.length - 1)]
 
     def _place(
-        self, index: int, offset: int, lengths: NDArray[np.int64], headroom: int
+        self,
+        indices: Sequence[int],
+        offsets: Sequence[int],
+        lengths: NDArray[np.int64],
+        headroom: int,
     ) -> NDArray[np.int64]:
-        """Set where each row's list starts and how long it is; returns the starts."""
-        start = np.zeros(self.rows, dtype=np.int64)
-        np.cumsum(lengths[:-1] + headroom, out=start[1:])
-        start += offset
-        device = self.arena.device
-        self.start[index] = upload(torch.from_numpy(start), device)
-        self.length[index] = upload(torch.from_numpy(lengths.astype(np.int32)), device)
-        return start
+        """Set where each row's list of some views starts and how long it is (``[views, rows]``).
+
+        Returns
+        -------
+        The starts, flat.
+        """
+        start = np.zeros_like(lengths)
+        np.cumsum(lengths[:, :-1] + headroom, axis=1, out=start[:, 1:])
+        start += np.array(offsets)[:, None]
+        places = upload(torch.tensor(indices), self.arena.device)
+        both = upload(torch.from_numpy(np.stack([start, lengths])), self.arena.device)
+        self.start.index_copy_(0, places, both[0])
+        self.length.index_copy_(0, places, both[1].int())
+        return start.ravel()
 
     def _scatter(self, start: NDArray[np.int64], lengths: NDArray[np.int64], slots: Tensor) -> None:
         gaps = np.diff(start)
         if (lengths == lengths[0]).all() and (gaps == gaps[:1]).all():
             gap = int(gaps[0]) if len(gaps) else 0
-            block = self._block(int(start[0]), gap, int(lengths[0]))
+            block = self._block(int(start[0]), gap, int(lengths[0]), len(lengths))
             block.copy_(slots.view(block.shape))
         else:
             begin = upload(torch.from_numpy(start), self.arena.device)
             self.arena[_flat_index(begin, lengths)] = slots
 
-    def _block(self, begin: int, gap: int, count: int) -> Tensor:
-        """``count`` entries of every row, of rows that lie ``gap`` apart: ``[rows, count]``.
+    def _block(self, begin: int, gap: int, count: int, rows: int) -> Tensor:
+        """``count`` entries of each of ``rows`` that lie ``gap`` apart: ``[rows, count]``.
 
         Copying such a block takes no index per entry, which is most of the time of writing lists.
         """
-        return self.arena.as_strided((self.rows, count), (gap, 1), begin)
+        return self.arena.as_strided((rows, count), (gap, 1), begin)
 
 
 def _flat_index(start: Tensor, lengths: NDArray[np.int64]) -> Tensor:

@@ -105,6 +105,12 @@ class Request:
         return self.tokens[: self.num_tokens]
 
     @property
+    def held(self) -> Sequence:
+        """The place in the cache of a request that has one."""
+        assert self.sequence is not None
+        return self.sequence
+
+    @property
     def missing(self) -> int:
         """Tokens whose K and V must be computed before the next one can be sampled."""
         return self.num_tokens - (self.sequence.computed if self.sequence else 0)

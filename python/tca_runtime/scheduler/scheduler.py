@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -228,18 +229,20 @@ class Scheduler:
     ) -> LaunchedPlan:
         """Requests whose prompt the step completes decode in the next step already."""
         views = step.decode_views
+        selected: list[tuple[Request, DecodeView | None]] = []
         for request, view in zip(plan.decode, views, strict=False):
             request.num_pending += 1
-            self._show(request, view)
+            selected.append((request, view))
         for chunk, view in zip(plan.chunks, views[len(plan.decode) :], strict=True):
             request = chunk.request
             # One that ended while its layers were computed is leaving.
             if chunk.end == request.num_tokens and request not in self.planner.leaving:
                 assert request.sequence is not None
                 self.engine.cache.commit(request.namespace, request.sequence, request.all_tokens)
-                self._show(request, view)
+                selected.append((request, view))
                 self.planner.prefilled(request)
                 request.num_pending += request.max_new_tokens > 0
+        self._show(selected)
         return LaunchedPlan(plan, step, started, self._layered, between)
 
     def _settle(self) -> None:
@@ -289,20 +292,27 @@ class Scheduler:
         if request.finish is None:
             request.finish = check_finish(request, self._eos_ids)
 
-    def _show(self, request: Request, view: DecodeView | None) -> None:
-        """Let a request decode with the view that its latest queries selected, if they did."""
-        sequence, cache = request.sequence, self.engine.cache
-        assert sequence is not None
-        if view is not None or request.is_outdated():
-            # A refresh that found nothing to select from is not tried again at once.
-            request.selected_at = sequence.computed
-        if view is None:
+    def _show(self, selected: Sequence[tuple[Request, DecodeView | None]]) -> None:
+        """Let requests decode with the views that their latest queries selected, if they did."""
+        cache = self.engine.cache
+        for request, view in selected:
+            if view is not None or request.is_outdated():
+                # A refresh that found nothing to select from is not tried again at once.
+                request.selected_at = request.held.computed
+        new = [(request, view) for request, view in selected if view is not None]
+        if not new:
             return
-        shown = cache.show(sequence, view.lengths, view.slots)
-        if shown and self._retention == "immediate":
-            # The ids of the newest tokens may still be on their way.
-            cache.commit(request.namespace, sequence, request.all_tokens[: sequence.computed])
-            cache.prune(sequence, view.lists, view.keep)
+        shown = cache.show(
+            [request.held for request, _ in new],
+            [view.lengths for _, view in new],
+            [view.slots for _, view in new],
+        )
+        for fits, (request, view) in zip(shown, new, strict=True):
+            if fits and self._retention == "immediate":
+                # The ids of the newest tokens may still be on their way.
+                sequence = request.held
+                cache.commit(request.namespace, sequence, request.all_tokens[: sequence.computed])
+                cache.prune(sequence, view.num_tokens, view.slots)
 
     def _stream(self, requests: list[Request]) -> None:
         """Tell clients of new tokens, those whose request goes on."""

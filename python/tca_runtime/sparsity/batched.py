@@ -19,8 +19,9 @@ from tca_kernels.gather import ViewSlots, view_slots
 from tca_kernels.score import probe_scores
 from tca_kernels.select import block_scores, select
 from tca_runtime.attention.base import AttentionShape, LayerAttention, PieceLists
+from tca_runtime.cache.runs import even_cuts, joined
 from tca_runtime.cache.slot_pool import SlotPool
-from tca_runtime.sparsity.batched_decode import Ranking, even_cuts, joined
+from tca_runtime.sparsity.batched_decode import Ranking
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView
 from tca_runtime.sparsity.last_queries import LastQueries
 from tca_runtime.sparsity.policies.tca import TCAPolicy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from tca_kernels.dispatch import upload
 from tca_kernels.gather import view_slots
 from tca_kernels.score import probe_scores
-from tca_kernels.select import BlockScore, Selection, block_scores, select
+from tca_kernels.select import BlockScore, block_scores, select
 from tca_runtime.attention.base import AttentionShape
+from tca_runtime.cache.runs import bounded, even_cuts, joined
 from tca_runtime.cache.slot_pool import SlotPool
 from tca_runtime.sparsity.budget import BudgetTable, levels
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, rungs
@@ -94,8 +95,7 @@ class BatchedDecodeViews:
 
     def choose(self) -> list[DecodeView]:
         """Each request's view; remembers the scores in the pool."""
-        for one in self._scored:
-            self._remember(one)
+        self._remember()
         free = [one for one in self._scored if one.work.request.max_dropped_mass is None]
         together = iter(self._views(free, [one.work.request.settings.decode for one in free]))
         return [
@@ -113,17 +113,14 @@ class BatchedDecodeViews:
                 break
         return view
 
-    def _remember(self, one: _Scored) -> None:
-        """Raise the slots' accumulated importance to the scores.
-
-        One request after the other, because they may share slots.
-        """
-        best, count = self._pool.importance, one.num_candidates
-        at_once = max(REMEMBERED_AT_ONCE // count, 1)
-        lists = one.slots[:, :count].split(at_once)
-        for rows, scores in zip(lists, one.scores.view(-1, count).split(at_once), strict=True):
-            slots = rows.long()
-            best[slots] = torch.maximum(best[slots], scores.to(best.dtype))
+    def _remember(self) -> None:
+        """Raise the slots' accumulated importance to the scores; requests may share slots."""
+        best = self._pool.importance
+        slots = joined([one.slots[:, : one.num_candidates].flatten() for one in self._scored])
+        scores = joined([one.scores for one in self._scored])
+        parts = slots.split(REMEMBERED_AT_ONCE), scores.split(REMEMBERED_AT_ONCE)
+        for some, new in zip(*parts, strict=True):
+            best.scatter_reduce_(0, some.long(), new.to(best.dtype), "amax")
 
     def _views(self, scored: Sequence[_Scored], budgets: Sequence[BudgetTable]) -> list[DecodeView]:
         if not scored:
@@ -145,7 +142,6 @@ class BatchedDecodeViews:
         candidates = torch.tensor([one.num_candidates for one in scored]).repeat_interleave(rows)
         start = upload(lengths.cumsum(0) - lengths, arena.device)
         view = view_slots(arena, start, candidates, lengths, chosen)
-        keep = self._kept(scored, chosen, start)
         sizes = view.indptr.diff().view(len(scored), rows)
         slots = view.slots.split(sizes.sum(1).tolist())
         dropped = chosen.dropped_mass.view(len(scored), rows).mean(1)
@@ -153,28 +149,12 @@ class BatchedDecodeViews:
             DecodeView(
                 lengths=sizes[i].numpy(),
                 slots=slots[i],
-                lists=one.work.lists,
-                keep=keep[i],
+                num_tokens=one.num_tokens,
                 dropped_mass=dropped[i],
-                report=_report(slots[i], one.slots, ranking),
+                report=_report(slots[i].numel() / one.slots.numel(), ranking),
             )
             for i, one in enumerate(scored)
         ]
-
-    def _kept(
-        self, scored: Sequence[_Scored], chosen: Selection, start: Tensor
-    ) -> Sequence[Tensor]:
-        """Which entries of each request's lists stay: bool ``[rows * tokens]``."""
-        sizes = [one.slots.numel() for one in scored]
-        keep = torch.ones(sum(sizes), dtype=torch.bool, device=start.device)
-        parts: Sequence[Tensor] = keep.split(sizes)
-        for one, part in zip(scored, parts, strict=True):
-            part.view(self._rows, -1)[:, : one.num_candidates] = False
-        row_sizes = upload(chosen.indptr.diff(), start.device)
-        begins = torch.repeat_interleave(start, row_sizes, output_size=chosen.indices.numel())
-        # Assigning a number through an index would make the host wait for the device.
-        keep.index_fill_(0, begins + chosen.indices, True)
-        return parts
 
 
 def views_of_queries(
@@ -192,7 +172,7 @@ def views_of_queries(
     latest : ``[B, L, P, Hq, D]``, the queries of each request's last ``ranking.probes`` tokens
     """
     views: list[DecodeView] = []
-    for part in _bounded([work.lists.num_slots for work in works]):
+    for part in bounded([work.lists.num_slots for work in works], ENTRIES_AT_ONCE):
         some, queries = works[part], latest[part]
         groups = [
             _views_of_layers(some, layers, queries[:, layers], ranking, shape, pool)
@@ -234,38 +214,26 @@ def _over_layers(parts: Sequence[DecodeView], ranking: Ranking) -> DecodeView:
     """One view from those of all runs of layers."""
     if len(parts) == 1:
         return parts[0]
-    lists = parts[0].lists
     slots = torch.cat([part.slots for part in parts])
+    lengths = np.concatenate([part.lengths for part in parts])
     masses = [part.dropped_mass * len(part.lengths) for part in parts]
+    num_tokens = parts[0].num_tokens
     return DecodeView(
-        lengths=np.concatenate([part.lengths for part in parts]),
+        lengths=lengths,
         slots=slots,
-        lists=lists,
-        keep=torch.cat([part.keep for part in parts]),
-        dropped_mass=torch.stack(masses).sum() / len(lists.lengths),
-        report=_report(slots, lists.slots, ranking),
+        num_tokens=num_tokens,
+        dropped_mass=torch.stack(masses).sum() / len(lengths),
+        report=_report(slots.numel() / (num_tokens * len(lengths)), ranking),
     )
 
 
-def _report(kept: Tensor, of: Tensor, ranking: Ranking) -> dict[str, Any]:
-    return {"kept_ratio": kept.numel() / of.numel(), "probes": ranking.probes}
+def _report(kept: float, ranking: Ranking) -> dict[str, Any]:
+    return {"kept_ratio": kept, "probes": ranking.probes}
 
 
 def num_candidates(work: ChunkSelection) -> int:
     """Tokens from the list's begin on that a decode view may drop."""
     return work.decode.num_candidates if work.decode is not None else 0
-
-
-def _bounded(sizes: Sequence[int]) -> Iterator[slice]:
-    """Runs of requests whose lists have ``ENTRIES_AT_ONCE`` entries at most, but one at least."""
-    begin, entries = 0, 0
-    for place, size in enumerate(sizes):
-        if place > begin and entries + size > ENTRIES_AT_ONCE:
-            yield slice(begin, place)
-            begin, entries = place, 0
-        entries += size
-    if begin < len(sizes):
-        yield slice(begin, len(sizes))
 
 
 def _layer_groups(works: Sequence[ChunkSelection], num_layers: int) -> list[slice]:
@@ -279,14 +247,3 @@ def _layer_groups(works: Sequence[ChunkSelection], num_layers: int) -> list[slic
         at_once = num_layers
     cuts = even_cuts(0, num_layers, at_once)
     return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
-
-
-def even_cuts(begin: int, end: int, longest: int) -> list[int]:
-    """Bounds of the pieces: as few as may be that long, all about equally long."""
-    count = -(-(end - begin) // longest)
-    return [begin + (end - begin) * i // count for i in range(count + 1)]
-
-
-def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """One after the other; a single one is not copied."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

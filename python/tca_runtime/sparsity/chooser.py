@@ -113,15 +113,14 @@ class DecodeView:
     ----------
     lengths : int64 ``[rows]``
     slots : int32 ``[sum(lengths)]``
-    lists, keep : what was selected from, and which of its entries stay
+    num_tokens : those that were selected from
     dropped_mass : scalar on the device, the mean over rows of the attention mass not kept
     report : what else clients are told
     """
 
     lengths: np.ndarray[Any, np.dtype[np.int64]]
     slots: Tensor
-    lists: HeadSlots
-    keep: Tensor
+    num_tokens: int
     dropped_mass: Tensor
     report: dict[str, Any]
 
@@ -195,8 +194,7 @@ class StepSelection:
         return DecodeView(
             lengths=lengths,
             slots=slots,
-            lists=work.lists,
-            keep=torch.cat([c.keep for c in chosen]),
+            num_tokens=work.lists.end,
             dropped_mass=torch.cat([c.dropped_mass for c in chosen]).mean(),
             report={
                 "kept_ratio": len(slots) / work.lists.num_slots,

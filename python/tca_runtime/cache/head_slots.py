@@ -140,9 +140,11 @@ class HeadSlots:
         if self.is_full:
             slots = self.dense()
             cut = position - self.begin
+            # The usual cut takes everything, of which nothing need be copied then.
+            all_before, all_after = position == self.end, position == self.begin
             return (
-                HeadSlots.full(self.begin, slots[:, :cut]),
-                HeadSlots.full(position, slots[:, cut:]),
+                self if all_before else HeadSlots.full(self.begin, slots[:, :cut]),
+                self if all_after and not all_before else HeadSlots.full(position, slots[:, cut:]),
             )
         before = self.positions < position
         head, tail = self.partition(before)

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tca_kernels.dispatch import upload
 from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.radix_tree import Namespace, PrefixMatch, RadixTree, Tokens
 from tca_runtime.cache.reclaim import CoreChooser, ReclaimCounts, Reclaimer
@@ -135,8 +134,9 @@ class CacheManager:
     def extend(self, sequence: Sequence, num_tokens: int) -> Tensor:
         """Take slots for the next prompt tokens and show them: int32 ``[rows, num_tokens]``."""
         slots = self._take(sequence, num_tokens)
-        index = upload(torch.tensor([sequence.view.index]), self.views.arena.device)
-        self.views.advance([sequence.view], index, num_tokens)
+        view = sequence.view
+        self.views.length[view.index] += num_tokens
+        self.views.note_advance([view], num_tokens)
         sequence.computed += num_tokens
         return slots
 

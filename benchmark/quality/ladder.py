@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,7 +95,7 @@ def sure_table(records: Iterable[Record]) -> str:
     """
 
     def rows(ladder: Ladder) -> list[Row]:
-        name = f"{_percent(LITTLE)}, and {_percent(MORE)} where less sure than"
+        name = f"{percent(LITTLE)}, and {percent(MORE)} where less sure than"
         return [(f"{name} {p}", ladder.where_sure(p)) for p in SURE]
 
     told = [r for r in records if "sure" in r or r.get("config") == FULL]
@@ -111,18 +112,18 @@ def _table(
     found = {name: ladder for name, a in by_model.items() if (ladder := _ladder(a)) is not None}
     if pooled and len(found) > 1 and len({ladder.ratios for ladder in found.values()}) == 1:
         found["all"] = _pooled(found)
-    head = ["model", "questions", "what is kept", "kept %", "minus full", f"minus {_percent(MORE)}"]
+    head = ["model", "questions", "what is kept", "kept %", "minus full", f"minus {percent(MORE)}"]
     lines = [head, ["---"] * len(head)]
     for model, ladder in found.items():
         count = len(ladder.full)
-        named = [(_percent(ratio), np.full(count, i)) for i, ratio in enumerate(ladder.ratios)]
+        named = [(percent(ratio), np.full(count, i)) for i, ratio in enumerate(ladder.ratios)]
         named += [(f"at most {limit} % dropped", ladder.within(limit / 100)) for limit in LIMITS]
         for name, taken in [*named, *more(ladder)]:
             lines.append([model, str(count), *ladder.row(name, taken)])
     return markdown(lines)
 
 
-def _percent(ratio: float) -> str:
+def percent(ratio: float) -> str:
     return f"{100 * ratio:.0f} %"
 
 
@@ -184,9 +185,16 @@ def _ladder(records: Sequence[Record]) -> Ladder | None:
 
 def _rung(name: str) -> float | None:
     """The kept ratio, where nothing else differs from the server's defaults."""
+    kept, confidence = served(name) or (None, None)
+    return kept if confidence is None else None
+
+
+def served(name: str) -> tuple[float | None, float | None] | None:
+    """Kept ratio and ``min_confidence``, where nothing else differs from the server's defaults."""
     found = Configuration.parse(name)
     default = Configuration.parse(
         f"tca p39 k39 every4096 tail512 first16 latest8 window128 {SHIPPED}"
     )
-    same = replace(found, name="", kept=None) == replace(default, name="", kept=None)
-    return found.kept if same else None
+    varied: dict[str, Any] = {"name": "", "kept": None, "min_confidence": None}
+    same = replace(found, **varied) == replace(default, **varied)
+    return (found.kept, found.min_confidence) if same else None

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmark.quality.cells import Cell, cells
+from benchmark.quality.confidence import confidence_table
 from benchmark.quality.ladder import ladder_table, sure_table
 from benchmark.quality.records import Record, read
 from benchmark.quality.sections import SECTIONS
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
         "books": books(records),
         "errors": errors(args.results),
         "ladder": ladder_table(records),
-        "sure": sure_table(load_records(args.results / "sure")),
+        "sure": sure_table(told := load_records(args.results / "sure")),
+        "confidence": confidence_table([*told, *records]),
     }
     args.page.write_text(fill(page, found, others), encoding="utf-8")
     from benchmark.quality.plots import draw

@@ -187,7 +187,11 @@ SECTIONS = {
     "blocks": Section(
         lambda c: c.first_refresh is None and (c.block, c.sigma) != (64, 2.0), lengths=RULER_DATA
     ),
-    "auto": Section(_is_auto, (*WHERE, *COLUMNS, DROPPED)),
+    "auto": Section(lambda c: c.max_dropped_mass is not None, (*WHERE, *COLUMNS, DROPPED)),
+    "confident": Section(
+        lambda c: (c.kept, c.min_confidence) in ((0.39, 0.7), (0.32, 0.5), (0.32, 0.35)),
+        modes=frozenset({"", "turns"}),
+    ),
     "granularity": Section(
         lambda c: (
             c.prefill == 0.15

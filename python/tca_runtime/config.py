@@ -110,6 +110,9 @@ class SparsityArgs:
         "calibration file, 'uniform:RATIO' or 'uniform:PREFILL,DECODE'; known models have one",
     )
     tca_threshold: float = _option(0.95, "which of a known model's configurations is used")
+    tca_kept_ratio: str | None = _option(
+        None, "RATIO or PREFILL,DECODE: scale all heads' budgets so that they keep this on average"
+    )
     tca_policy: str = _option(
         "tca",
         "what ranks tokens, and its options: NAME or NAME:OPTION=VALUE,...",

@@ -12,7 +12,12 @@ from tca_runtime.calibration.data import CalibrationData
 from tca_runtime.calibration.options import DEFAULT_DATA
 from tca_runtime.config import SparsityArgs
 from tca_runtime.sparsity import load
-from tca_runtime.sparsity.settings import CalibrationFile, ConfigurationError, ModelIdentity
+from tca_runtime.sparsity.settings import (
+    CalibrationFile,
+    ConfigurationError,
+    ModelIdentity,
+    SparsitySettings,
+)
 
 CONFIGS = sorted((Path(load.__file__).parent / "configs").glob("*.json"))
 THRESHOLDS = [0.6, 0.8, 0.9, 0.95]
@@ -60,6 +65,31 @@ def test_configuration_is_found_and_says_what_it_keeps(path: Path, data: Calibra
     for budget in (found.prefill, found.decode):
         table = budget.table(found.block)
         np.testing.assert_allclose(table.keep_ratio, budget.keep_ratio, atol=1e-5)
+
+
+@pytest.mark.skipif(not CONFIGS, reason="no configuration is shipped yet")
+def test_budgets_can_be_scaled() -> None:
+    found = CalibrationFile.load(CONFIGS[0])
+    known = ModelIdentity(found.fingerprint, found.num_layers, found.num_kv_heads, found.head_dim)
+
+    def loaded(**args: str) -> SparsitySettings:
+        settings = load.load_settings(
+            SparsityArgs(tca_threshold=found.threshold, **args), known, "m"
+        )
+        assert settings is not None
+        return settings
+
+    shipped, scaled = loaded(), loaded(tca_kept_ratio="0.39,0.25")
+    for table, ratio in ((scaled.prefill, 0.39), (scaled.decode, 0.25)):
+        assert table.keep_ratio.mean() == pytest.approx(ratio, abs=1e-3)
+    # Who gets more of it stays as calibrated.
+    order = np.argsort(shipped.decode.mu, axis=None)
+    assert (np.diff(scaled.decode.mu.ravel()[order]) >= 0).all()
+    both = loaded(tca_config="uniform:0.3", tca_kept_ratio="0.2")
+    assert both.prefill.keep_ratio.mean() == pytest.approx(0.2, abs=1e-3)
+    for wrong in ("1.5", "0.001", "much", "0.1,0.2,0.3", "0.3,"):
+        with pytest.raises(ConfigurationError, match=r"--tca-kept-ratio"):
+            loaded(tca_kept_ratio=wrong)
 
 
 @pytest.mark.skipif(not CONFIGS, reason="no configuration is shipped yet")

@@ -30,7 +30,7 @@ def load_settings(
     Raises
     ------
     ConfigurationError
-        For a file or a uniform ratio that does not fit the model, an unknown threshold, policy or
+        For a file or a ratio that does not fit the model, an unknown threshold, policy or
         option of a policy, or a confidence that is no probability.
     """
     if not 0.0 <= args.tca_min_confidence <= 1.0:
@@ -54,6 +54,8 @@ def load_settings(
             )
             return None
         settings = _calibrated(identity, path, policy)
+    if args.tca_kept_ratio is not None:
+        settings = _scaled(settings, args.tca_kept_ratio)
     return replace(
         settings,
         min_candidates=args.tca_min_candidates,
@@ -100,18 +102,40 @@ def _uniform(
     args: SparsityArgs, identity: ModelIdentity, policy: SelectionPolicy
 ) -> SparsitySettings:
     assert args.tca_config is not None
-    text = args.tca_config.removeprefix(UNIFORM)
+    flag = f"--tca-config {args.tca_config}"
+    ratios = _ratios(flag, args.tca_config.removeprefix(UNIFORM))
     try:
-        ratios = [float(part) for part in text.split(",")]
-        if len(ratios) not in (1, 2):
-            raise ValueError("one ratio or two are expected")
-        tables = [
+        prefill, decode = (
             BudgetTable.uniform(ratio, identity.num_layers, identity.num_kv_heads)
             for ratio in ratios
-        ]
+        )
     except ValueError as error:
-        raise ConfigurationError(f"--tca-config {args.tca_config}: {error}") from error
-    return SparsitySettings(policy, tables[0], tables[-1])
+        raise ConfigurationError(f"{flag}: {error}") from error
+    return SparsitySettings(policy, prefill, decode)
+
+
+def _scaled(settings: SparsitySettings, wanted: str) -> SparsitySettings:
+    flag = f"--tca-kept-ratio {wanted}"
+    prefill, decode = _ratios(flag, wanted)
+    try:
+        return replace(
+            settings,
+            prefill=settings.prefill.at_ratio(prefill),
+            decode=settings.decode.at_ratio(decode),
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"{flag}: {error}") from error
+
+
+def _ratios(flag: str, text: str) -> tuple[float, float]:
+    """Of prefill and decode views."""
+    try:
+        ratios = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigurationError(f"{flag}: {error}") from error
+    if len(ratios) not in (1, 2):
+        raise ConfigurationError(f"{flag}: one ratio or two are expected")
+    return ratios[0], ratios[-1]
 
 
 def _calibrated(identity: ModelIdentity, path: Path, policy: SelectionPolicy) -> SparsitySettings:

@@ -53,7 +53,8 @@ def _pareto(model: str, data: str, cells: Sequence[Cell], path: Path) -> None:
             series[name].append(cell)
     if len(series) < 2:
         return
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10.5, 5), layout="constrained")
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors, marker=list("oooooooooossssssssss"))
     for name, members in series.items():
         members.sort(key=lambda c: c.kept or 0.0)
         axes.errorbar(
@@ -63,7 +64,6 @@ def _pareto(model: str, data: str, cells: Sequence[Cell], path: Path) -> None:
                 [c.difference.mean - c.difference.low for c in members],
                 [c.difference.high - c.difference.mean for c in members],
             ],
-            marker="o",
             capsize=2,
             linewidth=1.2,
             label=name,
@@ -74,6 +74,6 @@ def _pareto(model: str, data: str, cells: Sequence[Cell], path: Path) -> None:
     axes.set_ylabel("accuracy minus full attention, points")
     axes.set_title(f"{model}, {data}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=130)
     plt.close(figure)

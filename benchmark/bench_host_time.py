@@ -4,8 +4,8 @@ Run from the root of the repository: ``python -m benchmark.bench_host_time``.
 
 A random model with as many (layer, KV head) rows as an 8B model but tiny ones otherwise runs on
 the CPU under the real scheduler. Every part's functions are timed without what they call of other
-parts. *model* (the forward pass with its kernels) and *decode view* (the selection of a prompt's
-last chunk) are what a GPU computes; the rest is the host's, and must stay small against a step. On
+parts. *model* (the forward pass with its kernels) and *selection* (scores, and the views chosen from
+them) are what a GPU computes; the rest is the host's, and must stay small against a step. On
 the CPU it includes the data that bookkeeping moves (slot ids into the arena, the free list), which
 a GPU's host only launches.
 
@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,18 +38,20 @@ from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.output import LaunchedStep
 from tca_runtime.engine.sampler import Sampler
 from tca_runtime.messages import AbortRequest
-from tca_runtime.models.decoder import Decoder
+from tca_runtime.models.decoder import Decoder, DecoderPass
 from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.scheduler import scheduler
 from tca_runtime.scheduler.in_memory import in_memory_scheduler
 from tca_runtime.scheduler.planner import StepPlanner
 from tca_runtime.scheduler.scheduler import Scheduler
 from tca_runtime.sparsity.chooser import ChunkSelection, StepSelection
 
 # Part, and the functions that belong to it.
-PARTS: list[tuple[str, type[Any], tuple[str, ...]]] = [
+PARTS: list[tuple[str, type[Any] | ModuleType, tuple[str, ...]]] = [
     ("model", Decoder, ("forward", "logits")),
+    ("model", DecoderPass, ("advance", "hidden")),
     ("selection planning", ChunkSelection, ("plan",)),
-    ("decode view", StepSelection, ("decode_view",)),
+    ("selection", StepSelection, ("__call__", "decode_view")),
     ("planner", StepPlanner, ("plan",)),
     ("cache: reserve", CacheManager, ("reserve",)),
     ("cache: extend", CacheManager, ("extend",)),
@@ -58,7 +61,7 @@ PARTS: list[tuple[str, type[Any], tuple[str, ...]]] = [
     ("cache: release", CacheManager, ("release",)),
     ("cache: parts of a sequence", CacheManager, ("parts",)),
     ("views: lists of the step", ViewTable, ("lists", "last_slots", "advance")),
-    ("step input", Scheduler, ("_step_input",)),
+    ("step input", scheduler, ("step_input",)),
     ("engine", Engine, ("launch",)),
     ("sampler", Sampler, ("sample",)),
     ("outputs", LaunchedStep, ("sample", "result")),
@@ -66,7 +69,7 @@ PARTS: list[tuple[str, type[Any], tuple[str, ...]]] = [
 ]
 OTHER = "other"
 # What a GPU computes; the host only launches it.
-DEVICE = {"model", "decode view"}
+DEVICE = {"model", "selection"}
 
 
 class Clock:
@@ -87,8 +90,8 @@ class Clock:
             self._switch()
             self._stack.pop()
 
-    def wrap(self, owner: type[Any], function: str, name: str) -> None:
-        """Count every call of a method, or static method, under ``name``."""
+    def wrap(self, owner: type[Any] | ModuleType, function: str, name: str) -> None:
+        """Count every call of a method, static method or module's function under ``name``."""
         raw = owner.__dict__[function]
         inner: Callable[..., Any] = raw.__func__ if isinstance(raw, staticmethod) else raw
 

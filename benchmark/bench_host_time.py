@@ -4,8 +4,8 @@ Run from the root of the repository: ``python -m benchmark.bench_host_time``.
 
 A random model with as many (layer, KV head) rows as an 8B model but tiny ones otherwise runs on
 the CPU under the real scheduler. Every part's functions are timed without what they call of other
-parts. *model* (the forward pass with its kernels) and *selection* (scores, and the views chosen from
-them) are what a GPU computes; the rest is the host's, and must stay small against a step. On
+parts. *model* (the forward pass with its kernels) and *selection* (scores, and the views chosen
+from them) are what a GPU computes; the rest is the host's, and must stay small against a step. On
 the CPU it includes the data that bookkeeping moves (slot ids into the arena, the free list), which
 a GPU's host only launches.
 

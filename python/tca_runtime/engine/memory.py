@@ -24,7 +24,7 @@ HOST_SHARE = 0.2
 # Arena entries per slot: views of requests that share a prefix list the same slots.
 ARENA_FACTOR = 4
 # What a slot costs on the device beside K and V: its entries in the arena of views, in the tree
-# (slot and position), on the free list, and its importance.
+# (slot, and position where a list is not complete), on the free list, and its importance.
 LIST_BYTES = 4 * ARENA_FACTOR + 8 + 4 + 2
 # The same of a slot in the host tier, which no view names.
 HOST_LIST_BYTES = 8 + 4 + 2

@@ -22,7 +22,7 @@ from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, rungs
 from tca_runtime.sparsity.policies.tca import TCAPolicy
 
 # List entries that are selected from together; bounds the memory of lists, scores and all that
-# is made of them, about 20 bytes an entry.
+# is made of them, up to 20 bytes an entry.
 ENTRIES_AT_ONCE = 1 << 25
 
 # Importances raised at a time: bounds what their int64 slots take.

@@ -142,6 +142,7 @@ def _parse() -> argparse.Namespace:
     add("--host-gib", type=float, default=2.0)
     add("--tca-config", default="uniform:0.15,0.28")
     add("--tca-policy", default="tca")
+    add("--kept-ratio", type=float, help="of what a head can drop; as configured by default")
     add("--chunked-prefill-size", type=int, default=8192)
     add("--seed", type=int, default=0)
     add("--questions", type=int, default=1, choices=(1,), help="after the first")

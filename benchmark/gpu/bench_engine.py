@@ -195,16 +195,12 @@ def timed_prefill(run: BenchRun, engine: Engine, context: int, mode: str) -> flo
 
 
 def prefills(run: BenchRun, engine: Engine) -> None:
-    # Twice the usual chunk gives dense prefill larger products too, so it is there as well.
-    other_chunks = ("39/4096", "fa3/16384", "10/16384", "39/16384")
-    plan = {
-        32768: ("fa3", "fa2", "10", "15", "39"),
-        65536: ("fa3", "fa2", "10", "15", "39"),
-        131072: ("fa3", "fa2", "10", "10/4096", "15", "39", *other_chunks),
-        262144: ("fa3", "10"),
-    }
+    usual, few = ("fa3", "fa2", "10", "15", "39"), ("fa3", "10")
+    # Larger chunks give dense prefill larger products too.
+    chunks = ("10/4096", "39/4096", "10/16384", "39/16384", "fa3/16384")
+    plan = {32768: usual, 65536: usual, 131072: (*usual, *chunks), 262144: few}
     if run.tiny:
-        plan = {2048: ("fa3", "10")}
+        plan = {2048: few}
     warm = 1024 if run.tiny else 20480
     for mode in ("fa3", "fa2", "10") if not run.tiny else ("10",):
         prefill_only_warm(engine, warm, mode)

@@ -86,7 +86,7 @@ def _selection(config: RuntimeConfig, engine: Engine) -> tuple[str, str]:
         off = "--disable-tca" if args.disable_tca else "there is no configuration for this model"
         return "off, full attention", off
     tables = (settings.prefill, settings.decode)
-    kept = [f"{float(table.keep_ratio.mean()):.0%}" for table in tables]
+    kept = [f"{table.average():.0%}" for table in tables]
     if settings.one_shot:
         kept[0] = "everything"
     value = (

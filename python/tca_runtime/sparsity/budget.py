@@ -73,6 +73,11 @@ class BudgetTable:
         """Share of candidates each head keeps in the limit of many blocks: ``[L, Hkv]``."""
         return np.asarray(self._proportions() @ levels(self.block) / self.block)
 
+    @lru_cache(maxsize=256)  # noqa: B019 - as below; asked for at every request
+    def average(self) -> float:
+        """The mean of ``keep_ratio``."""
+        return float(self.keep_ratio.mean())
+
     def shifted(self, delta: float) -> BudgetTable:
         """Every mu moved by ``delta``."""
         return replace(self, mu=self.mu + delta)

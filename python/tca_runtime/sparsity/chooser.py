@@ -253,7 +253,7 @@ def request_sparsity(
         settings = replace(settings, probes=int(probes))
     if confidence is None and mass is None:
         confidence = settings.min_confidence
-    if not confidence or settings.decode.keep_ratio.mean() <= LITTLE:
+    if not confidence or settings.decode.average() <= LITTLE:
         return RequestSparsity(settings, mass)
     little = replace(settings, decode=settings.decode.at_ratio(LITTLE))
     return RequestSparsity(little, min_confidence=confidence, more=settings)

@@ -321,6 +321,16 @@ def _key(args: argparse.Namespace, name: str) -> str:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_options(parser)
+    add = parser.add_argument
+    add("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
+    add("--max-seconds", type=float, default=1e9, help="stop after the document that exceeds this")
+    add("--name", default="qwen0.5b", help="of the results file")
+    return parser.parse_args(argv)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What ``Bench`` and ``ask`` read."""
     add = parser.add_argument
     add("--model", default="qwen2.5-coder-0.5b", help="a known model, directory or GGUF file")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -336,10 +346,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pool", type=float, default=2.1, help="documents that the pool holds under pressure")
     add("--host-gib", type=float, default=2.0, help="host tier of pressure-host")
     add("--chunked-prefill-size", type=int, default=2048)
-    add("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
-    add("--max-seconds", type=float, default=1e9, help="stop after the document that exceeds this")
-    add("--name", default="qwen0.5b", help="of the results file")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

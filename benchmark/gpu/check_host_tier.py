@@ -15,7 +15,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,22 +130,14 @@ def _common(left: list[int], right: list[int]) -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("--model", default="qwen2.5-coder-0.5b")
-    add("--device", default="auto")
-    add("--dtype", default="auto")
-    add("--books", type=Path, required=True, help="directory of long .txt files")
-    add("--documents", type=int, default=36)
-    add("--tokens", type=int, default=3840, help="of a document")
-    add("--pool", type=float, default=2.1, help="documents that the tight pool holds")
-    add("--host-gib", type=float, default=2.0)
-    add("--tca-config", default="uniform:0.15,0.28")
-    add("--tca-policy", default="tca")
-    add("--kept-ratio", type=float, help="of what a head can drop; as configured by default")
-    add("--chunked-prefill-size", type=int, default=8192)
-    add("--seed", type=int, default=0)
-    add("--questions", type=int, default=1, choices=(1,), help="after the first")
-    add("--max-seconds", type=float, default=60.0, help="start no further document after this")
+    bench_needles.add_options(parser)
+    parser.add_argument(
+        "--max-seconds", type=float, default=60.0, help="start no further document after this"
+    )
+    # A document has one question after the first here.
+    parser.set_defaults(
+        documents=36, questions=1, tca_config="uniform:0.15,0.28", chunked_prefill_size=8192
+    )
     return parser.parse_args()
 
 

@@ -138,16 +138,15 @@ class HeadSlots:
         if not self.begin <= position <= self.end:
             raise ValueError(f"cannot split [{self.begin}, {self.end}) at {position}")
         if self.is_full:
-            slots = self.dense()
-            cut = position - self.begin
+            slots, cut = self.dense(), position - self.begin
+            before, after = slots[:, :cut], slots[:, cut:]
             # The usual cut takes everything, of which nothing need be copied then.
-            all_before, all_after = position == self.end, position == self.begin
-            return (
-                self if all_before else HeadSlots.full(self.begin, slots[:, :cut]),
-                self if all_after and not all_before else HeadSlots.full(position, slots[:, cut:]),
-            )
-        before = self.positions < position
-        head, tail = self.partition(before)
+            if position == self.end:
+                return self, HeadSlots.full(position, after)
+            if position == self.begin:
+                return HeadSlots.full(position, before), self
+            return HeadSlots.full(self.begin, before), HeadSlots.full(position, after)
+        head, tail = self.partition(self.positions < position)
         return (
             replace(head, end=position),
             replace(tail, begin=position),
@@ -164,7 +163,8 @@ class HeadSlots:
         positions = self.positions
 
         def part(lengths: NDArray[np.int64], inside: Tensor) -> HeadSlots:
-            return HeadSlots(self.begin, self.end, lengths, self.slots[inside], positions[inside])
+            listed = None if (lengths == self.num_tokens).all() else positions[inside]
+            return HeadSlots(self.begin, self.end, lengths, self.slots[inside], listed)
 
         return part(counts, chosen), part(self.lengths - counts, ~chosen)
 

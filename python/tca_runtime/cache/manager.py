@@ -134,9 +134,7 @@ class CacheManager:
     def extend(self, sequence: Sequence, num_tokens: int) -> Tensor:
         """Take slots for the next prompt tokens and show them: int32 ``[rows, num_tokens]``."""
         slots = self._take(sequence, num_tokens)
-        view = sequence.view
-        self.views.length[view.index] += num_tokens
-        self.views.note_advance([view], num_tokens)
+        self.views.advance([sequence.view], sequence.view.index, num_tokens)
         sequence.computed += num_tokens
         return slots
 

@@ -163,7 +163,7 @@ class Reclaimer:
         moved = rest.with_slots(slots)
         if core is None:
             assert node.host is not None
-            core = rest.partition(rest.positions < 0)[0]
+            core = rest.partition(torch.zeros_like(rest.slots, dtype=torch.bool))[0]
             moved = HeadSlots.merge(node.host, moved)
         self._tree.replace(node, core, moved)
         return True

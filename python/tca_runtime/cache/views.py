@@ -182,8 +182,11 @@ class ViewTable:
             self.arena[tail[:, None] + steps] = slots
         view.prepared += count
 
-    def advance(self, views: Sequence[View], indices: Tensor, count: int) -> None:
-        """Show the next ``count`` prepared entries of each view (``indices``: their rows)."""
+    def advance(self, views: Sequence[View], indices: Tensor | int, count: int) -> None:
+        """Show the next ``count`` prepared entries of each view (``indices``: their rows).
+
+        One view's row may be a number, which need not be uploaded.
+        """
         self.length[indices] += count
         self.note_advance(views, count)
 

@@ -72,13 +72,13 @@ class LayeredPrefill:
         self._num_noted += 1
         old, measured = self.part_seconds, max(seconds / num_parts, 1e-6)
         if old is None:
-            self.part_seconds = measured
+            known = measured
         elif self._num_noted == 1 or self.is_done:
-            self.part_seconds = max(old, measured)
+            known = max(old, measured)
         else:
-            self.part_seconds = (old + measured) / 2
-        assert self.part_seconds is not None
-        return self.part_seconds
+            known = (old + measured) / 2
+        self.part_seconds = known
+        return known
 
     @property
     def weight(self) -> int:

@@ -237,8 +237,7 @@ class Scheduler:
             request = chunk.request
             # One that ended while its layers were computed is leaving.
             if chunk.end == request.num_tokens and request not in self.planner.leaving:
-                assert request.sequence is not None
-                self.engine.cache.commit(request.namespace, request.sequence, request.all_tokens)
+                self.engine.cache.commit(request.namespace, request.held, request.all_tokens)
                 selected.append((request, view))
                 self.planner.prefilled(request)
                 request.num_pending += request.max_new_tokens > 0

@@ -5,8 +5,14 @@ All of them are vectorised over tokens; loops run over requests or rows only.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_MIX32_A = 0x7FEB352D
+_MIX32_B = 0x846CA68B - 2**32
+# The largest float32 below 2**-31: maps 31 random bits into the open interval (0, 1).
+_UNIT = float(2.0**-31 * (1 - 2.0**-24))
 
 
 def _padded_slots(arena: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,3 +174,42 @@ def append_slots(arena: Tensor, start: Tensor, length: Tensor, new_slots: Tensor
     real = new_slots >= 0
     arena[(start + length)[real]] = new_slots[real]
     length += real.to(length.dtype)
+
+
+def keep_top_p(scores: Tensor, p: Tensor) -> None:
+    """See :func:`tca_kernels.sample.keep_top_p`."""
+    if scores.device.type == "cpu":
+        # NumPy's vectorised sort of a whole vocabulary takes a fraction of torch's.
+        best = torch.from_numpy(np.sort(scores.numpy(), axis=-1)).flip(-1)
+    else:
+        best = scores.sort(-1, descending=True).values
+    probs = best.softmax(-1)
+    num_kept = (probs.cumsum(-1) - probs < p).sum(-1, keepdim=True)
+    # Rows of NaN keep nothing, and an index of -1 would be an error of the whole batch.
+    cutoff = best.gather(1, (num_kept - 1).clamp_(min=0))
+    scores.masked_fill_(scores < cutoff, -torch.inf)
+
+
+def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise for every token of every row.
+
+    Parameters
+    ----------
+    keys : int32 ``[N, 2]``
+
+    Returns
+    -------
+    float32 ``[N, vocab_size]``, all finite
+    """
+    bits = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) + keys[:, :1]
+    _xor_shift(bits, 16).mul_(_MIX32_A)
+    _xor_shift(bits, 15).add_(keys[:, 1:]).mul_(_MIX32_B)
+    _xor_shift(bits, 16).bitwise_and_(0x7FFFFFFF)
+    # log1p keeps the full resolution of small uniforms, which make the large noise values.
+    exponential = bits.float().add_(0.5).mul_(-_UNIT).log1p_().neg_()
+    return exponential.log_().neg_()
+
+
+def _xor_shift(x: Tensor, by: int) -> Tensor:
+    # torch shifts int32 arithmetically: the mask makes it logical.
+    return x.bitwise_xor_((x >> by).bitwise_and_((1 << (32 - by)) - 1))

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tca_runtime.engine.noise import gumbel_noise, noise_keys
+from tca_kernels.reference import gumbel_noise
+from tca_runtime.engine.noise import noise_keys
 
 MASK32, MASK64 = 2**32 - 1, 2**64 - 1
 

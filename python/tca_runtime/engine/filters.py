@@ -1,4 +1,6 @@
-"""top-k, top-p and min-p over a batch of rows, each row with its own setting.
+"""top-k, top-p among the few best, and min-p over a batch of rows, each with its own setting.
+
+Top-p alone, over whole vocabularies, is `tca_kernels.sample.keep_top_p`.
 
 Every filter keeps the tokens that reach a per-row cut-off and sets the others to -inf, in place.
 The cut-off is a value, not a rank: equal logits stay or go together, so the order in which a sort
@@ -46,6 +48,4 @@ def _best(logits: Tensor, count: int) -> Tensor:
         # NumPy's vectorised sort of a whole vocabulary beats even torch's topk of a few tokens.
         ascending = torch.from_numpy(np.sort(logits.numpy(), axis=-1))
         return ascending[:, -count:].flip(-1)
-    if count == logits.shape[1]:
-        return logits.sort(-1, descending=True).values
     return logits.topk(count).values

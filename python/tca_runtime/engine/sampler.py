@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tca_kernels.sample import gumbel_argmax, keep_top_p
 from tca_runtime.engine.filters import TOP_P_OFF, keep_min_p, keep_top_k_top_p
 from tca_runtime.engine.grammar import GrammarMatcher, allowed_tokens, forbid_others
-from tca_runtime.engine.noise import gumbel_noise, noise_keys
+from tca_runtime.engine.noise import noise_keys
 from tca_runtime.engine.penalties import TokenCounts
 from tca_runtime.engine.upload import upload, upload_floats, upload_ints
 from tca_runtime.sampling_params import SamplingParams
@@ -131,8 +132,7 @@ class _Draws:
                 scores[filter.index] = part
         positions = np.array([row.position for row in self.rows], dtype=np.uint64)
         keys = torch.from_numpy(noise_keys(self.seeds, positions))
-        scores += gumbel_noise(upload(keys, logits.device), scores.shape[1])
-        return scores.argmax(-1)
+        return gumbel_argmax(scores, upload(keys, logits.device))
 
 
 @dataclass(frozen=True)
@@ -308,13 +308,14 @@ class Sampler:
         ranked = [i for i, k in enumerate(ks) if k < size]
         nucleus = [i for i, k in enumerate(ks) if k == size and ps[i] < 1]
         filters: list[_Filter] = []
-        # Apart, because on a GPU the few best are found faster than a whole order.
-        for chosen in (ranked, nucleus):
-            if chosen:
-                k = self._ints([ks[i] for i in chosen])[:, None]
-                p = self._column([ps[i] for i in chosen])
-                keep = partial(keep_top_k_top_p, k=k, p=p, k_max=max(ks[i] for i in chosen))
-                filters.append(_Filter(self._index(chosen, len(params)), keep))
+        if ranked:
+            k = self._ints([ks[i] for i in ranked])[:, None]
+            p = self._column([ps[i] for i in ranked])
+            keep = partial(keep_top_k_top_p, k=k, p=p, k_max=max(ks[i] for i in ranked))
+            filters.append(_Filter(self._index(ranked, len(params)), keep))
+        if nucleus:
+            keep = partial(keep_top_p, p=self._column([ps[i] for i in nucleus]))
+            filters.append(_Filter(self._index(nucleus, len(params)), keep))
         floored = [i for i, settings in enumerate(params) if settings.min_p > 0]
         if floored:
             keep = partial(keep_min_p, p=self._column([params[i].min_p for i in floored]))

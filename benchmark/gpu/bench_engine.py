@@ -9,7 +9,6 @@ Random weights, no HTTP and no scheduler process. Dense is this engine without s
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import sys
@@ -22,9 +21,9 @@ from typing import Any
 import torch
 from bench_run import BenchRun
 from engine_driver import (
-    CHUNK,
     NAMESPACE,
     SAMPLING,
+    WINDOW,
     NoRoomError,
     budgets,
     decode_inputs,
@@ -35,11 +34,17 @@ from engine_driver import (
     settings,
     synthetic_sequences,
 )
-from prefill_profile import kernel_shares
-from timing import copy_bandwidth, matmul_flops, pinned_bandwidth
+from engine_prefill import (
+    breakdown,
+    long_prefill,
+    prefill_only_warm,
+    prefills,
+    served,
+    weight_bytes,
+)
+from timing import copy_bandwidth, matmul_flops, pinned_bandwidth, sustained_matmul_flops
 
 from tca_kernels.move import move_rows
-from tca_runtime.attention.flashinfer_backend import FlashInferBackend, FlashInferPrefill
 from tca_runtime.cache.transfer import COPY_PROGRAMS
 from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.step import DecodeInput, StepInput
@@ -48,9 +53,12 @@ from tca_runtime.sparsity.chooser import RequestSparsity
 
 def ceilings(run: BenchRun, engine: Engine) -> None:
     run.copy, run.matmul = copy_bandwidth(run.device), matmul_flops(run.device)
-    pinned = pinned_bandwidth(run.device)
     run.record(
-        "ceiling", copy_gbps=run.copy / 1e9, matmul_tflops=run.matmul / 1e12, pinned_gbps=pinned
+        "ceiling",
+        copy_gbps=run.copy / 1e9,
+        matmul_tflops=run.matmul / 1e12,
+        sustained_tflops=sustained_matmul_flops(run.device) / 1e12,
+        pinned_gbps=pinned_bandwidth(run.device),
     )
     run.record(
         "pool",
@@ -58,19 +66,6 @@ def ceilings(run: BenchRun, engine: Engine) -> None:
         slots=engine.cache.pool.capacity,
         backend=type(engine.backend).__name__,
     )
-
-
-def weight_bytes(engine: Engine) -> float:
-    c = engine.model_config
-    qkv = c.hidden_size * (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
-    out = c.num_q_heads * c.head_dim * c.hidden_size
-    layer = qkv + out + 3 * c.hidden_size * c.intermediate_size
-    return 2.0 * (c.num_layers * layer + c.vocab_size * c.hidden_size)
-
-
-def linear_flops(engine: Engine, tokens: int) -> float:
-    c = engine.model_config
-    return tokens * (weight_bytes(engine) - 2.0 * c.vocab_size * c.hidden_size)
 
 
 def decode_step(run: BenchRun, engine: Engine, batch: int, context: int, mode: str) -> float:
@@ -144,7 +139,7 @@ def sessions(run: BenchRun, engine: Engine) -> None:
     """Sessions that fit in the pool, and the tokens per second of all of them decoding."""
     context = 512 if run.tiny else 131072
     table = budgets(engine, 0.39, True)
-    candidates = (context - 512) // 64
+    candidates = (context - WINDOW) // 64
     kept = int(table.kept_tokens(candidates).sum()) + engine.shape.rows * (
         context - 64 * candidates
     )
@@ -162,80 +157,12 @@ def sessions(run: BenchRun, engine: Engine) -> None:
     )
 
 
-def timed_prefill(run: BenchRun, engine: Engine, context: int, mode: str) -> float:
-    """One cold prompt.
-
-    ``mode``: fa2, fa3, or the kept percentage of prefill views; behind a slash the tokens of a
-    chunk, where they are not 8192. The server's chunks have one selection each.
-    """
-    wanted = None
-    views, _, chunk = mode.partition("/")
-    if not mode.startswith("fa"):
-        wanted = settings(budgets(engine, int(views) / 100, False), budgets(engine, 0.39, True))
-    backend = engine.backend
-    assert isinstance(backend, FlashInferBackend)
-    usual = backend._prefill
-    if mode == "fa2":
-        backend._prefill = FlashInferPrefill(engine.shape, "fa2")
-    tokens = random_tokens(engine, context, context)
-    done = prefill(engine, tokens, wanted, int(chunk or CHUNK))
-    release(engine, done)
-    engine.cache.flush()
-    if mode == "fa2":
-        backend._prefill = usual
-        # Its wrappers refer to themselves: half a GiB that the longest contexts need.
-        gc.collect()
-    c = engine.model_config
-    attention = 2.0 * context**2 * c.num_q_heads * c.head_dim * c.num_layers
-    floor = (linear_flops(engine, context) + (attention if wanted is None else 0)) / run.matmul
-    run.record(
-        "prefill", context=context, mode=mode, seconds=done.seconds, floor_without_views_s=floor
-    )
-    return done.seconds
-
-
-def prefills(run: BenchRun, engine: Engine) -> None:
-    usual, few = ("fa3", "fa2", "10", "15", "39"), ("fa3", "10")
-    # Larger chunks give dense prefill larger products too.
-    chunks = ("10/4096", "39/4096", "10/16384", "39/16384", "fa3/16384")
-    plan = {32768: usual, 65536: usual, 131072: (*usual, *chunks), 262144: few}
-    if run.tiny:
-        plan = {2048: few}
-    warm = 1024 if run.tiny else 20480
-    for mode in ("fa3", "fa2", "10") if not run.tiny else ("10",):
-        prefill_only_warm(engine, warm, mode)
-    for context, modes in plan.items():
-        seconds = {mode: timed_prefill(run, engine, context, mode) for mode in modes}
-        ratios = {f"x{mode}": seconds["fa3"] / s for mode, s in seconds.items()}
-        run.record("prefill_ratio", context=context, **ratios)
-
-
-def prefill_only_warm(engine: Engine, context: int, mode: str) -> None:
-    """Compile and load kernels outside of what is timed."""
-    quiet = BenchRun(engine.device, engine.shape.dtype, 0.0, True, 1.0, 1.0)
-    timed_prefill(quiet, engine, context, mode)
-
-
-def breakdown(run: BenchRun, engine: Engine) -> None:
-    prefill_only_warm(engine, 1024 if run.tiny else 20480, "10")
-    cases = [(65536, 0.1), (65536, 0.39), (131072, 0.1), (131072, 0.39), (262144, 0.1)]
-    for context, ratio in [(2048, 0.1)] if run.tiny else cases:
-        wanted = settings(budgets(engine, ratio, False), budgets(engine, 0.39, True))
-        tokens = random_tokens(engine, context, 5)
-
-        def work(tokens: Any = tokens, wanted: Any = wanted) -> None:
-            release(engine, prefill(engine, tokens, wanted))
-
-        run.record("breakdown", context=context, kept=ratio, **kernel_shares(work))
-        engine.cache.flush()
-
-
 def prefix_hits(run: BenchRun, engine: Engine) -> None:
     """TTFT of 200 new tokens behind a long prefix: full, pruned, demoted to the host."""
     bus(run, engine)
     prefill_only_warm(engine, 1024 if run.tiny else 20480, "10")
     context = 2048 if run.tiny else 131072
-    wanted = settings(budgets(engine, 0.1, False), budgets(engine, 0.39, True))
+    wanted = settings(budgets(engine, 0.1, True), budgets(engine, 0.39, True))
     tokens = random_tokens(engine, context, 9)
     cold = prefill(engine, tokens, wanted)
     release(engine, cold)
@@ -345,20 +272,11 @@ def long_decode(run: BenchRun, engine: Engine) -> None:
         run.record("decode_ratio", batch=1, context=context, ragged=ms["dense"] / ms["ragged"])
 
 
-def long_prefill(run: BenchRun, engine: Engine) -> None:
-    """Beyond the contexts of ``prefill``; takes minutes."""
-    if run.tiny:
-        return
-    for mode in ("10", "fa3"):
-        prefill_only_warm(engine, 20480, mode)
-    sparse, dense = (timed_prefill(run, engine, 524288, mode) for mode in ("10", "fa3"))
-    run.record("prefill_ratio", context=524288, x10=dense / sparse)
-
-
 SECTIONS: dict[str, Callable[[BenchRun, Engine], None]] = {
     "decode": decode,
     "sessions": sessions,
     "prefill": prefills,
+    "served": served,
     "breakdown": breakdown,
     "hits": prefix_hits,
     "refresh": refreshes,

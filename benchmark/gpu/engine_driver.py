@@ -23,6 +23,7 @@ from tca_runtime.engine.engine import Engine
 from tca_runtime.engine.sampler import RowSampling
 from tca_runtime.engine.step import ChunkInput, DecodeInput, StepInput
 from tca_runtime.sampling_params import SamplingParams
+from tca_runtime.scheduler.in_memory import in_memory_scheduler
 from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.chooser import DecodeView, RequestSparsity
 from tca_runtime.sparsity.policies import create_policy
@@ -32,6 +33,10 @@ SAMPLING = RowSampling(SamplingParams(temperature=0.0), 0, np.zeros(1, dtype=np.
 NAMESPACE = Namespace()
 CHUNK = 8192
 """Tokens of a prompt per step."""
+
+
+WINDOW = 128
+"""Latest tokens that are never dropped: what comes with the runtime was calibrated for so many."""
 
 
 def make_engine(model: str, tokens: int | None, host_gib: float, device: str) -> Engine:
@@ -48,7 +53,9 @@ def make_engine(model: str, tokens: int | None, host_gib: float, device: str) ->
         scheduler=SchedulerArgs(max_running_requests=24),
         sparsity=SparsityArgs(tca_config="uniform:0.39", host_cache_size=host_gib),
     )
-    return Engine(config)
+    engine = Engine(config)
+    engine.use_sparsity(settings(*[budgets(engine, 0.39, True)] * 2))
+    return engine
 
 
 def budgets(engine: Engine, ratio: float, ragged: bool, seed: int = 0) -> BudgetTable:
@@ -62,7 +69,7 @@ def budgets(engine: Engine, ratio: float, ragged: bool, seed: int = 0) -> Budget
 
 
 def settings(prefill: BudgetTable, decode: BudgetTable) -> SparsitySettings:
-    return SparsitySettings(create_policy("tca"), prefill, decode)
+    return SparsitySettings(create_policy("tca"), prefill, decode, window=WINDOW)
 
 
 @dataclass
@@ -117,6 +124,22 @@ def prefill(
     return Prefilled(sequence, tokens, time.perf_counter() - begin, view)
 
 
+def served_seconds(engine: Engine, tokens: Tokens) -> float:
+    """From a prompt's arrival at an idle scheduler to its first token; the cache is empty then."""
+    engine.cache.flush()
+    scheduler, inbox, outbox = in_memory_scheduler(RuntimeConfig(), engine, 1 << 20)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    inbox.submit("prompt", tokens, SamplingParams(max_new_tokens=1, temperature=0.0))
+    while not outbox.outputs:
+        scheduler.run_once()
+    seconds = outbox.last - begin
+    while not scheduler.planner.is_idle:
+        scheduler.run_once()
+    engine.cache.flush()
+    return seconds
+
+
 def release(engine: Engine, done: Prefilled) -> None:
     engine.cache.release(NAMESPACE, done.sequence, done.tokens[: done.sequence.computed])
 
@@ -146,7 +169,7 @@ def synthetic_sequences(
     rows, pool = engine.shape.rows, engine.cache.pool
     lengths = np.full(rows, context, dtype=np.int64)
     if table is not None:
-        candidates = (context - 512) // 64
+        candidates = (context - WINDOW) // 64
         lengths = table.kept_tokens(candidates).reshape(-1) + context - candidates * 64
     sequences = []
     for _ in range(batch):

@@ -84,6 +84,23 @@ def matmul_flops(device: torch.device) -> float:
     return 2 * n**3 / (stream_ms(lambda: a @ b, device) * 1e-3)
 
 
+def sustained_matmul_flops(device: torch.device, seconds: float = 2.0) -> float:
+    """The same, once the card has been at it for so long that power limits its clock."""
+    if device.type != "cuda":
+        return matmul_flops(device)
+    n = 8192
+    a = torch.randn(n, n, device=device).to(torch.bfloat16)
+    b = torch.randn(n, n, device=device).to(torch.bfloat16)
+    count = int(seconds / 2 / (2 * n**3 / matmul_flops(device)))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for event in (begin, end):
+        for _ in range(count):
+            a @ b
+        event.record()
+    torch.cuda.synchronize()
+    return 2 * n**3 * count / (begin.elapsed_time(end) * 1e-3)
+
+
 def pinned_bandwidth(device: torch.device) -> float:
     """GB per second from pinned host memory to the device."""
     size = 1 << 30 if device.type == "cuda" else 1 << 20

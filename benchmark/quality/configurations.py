@@ -24,6 +24,7 @@ _WORDS = {
     "d": "decode",
     "k": "kept",
     "probes": "probes",
+    "pprobes": "prefill_probes",
     "window": "window",
     "block": "block",
     "sigma": "sigma",
@@ -47,7 +48,8 @@ class Configuration:
     name : such as ``full``, ``tca p15 d39``, ``snapkv p100 d25 probes64``, or
         ``tca[score=mass] p100 d39``; ``p`` and ``d`` are the percentages kept in prefill and decode
         views of what is older than the window; ``k`` instead of ``d`` is the percentage kept of
-        everything at a data set's length; ``every`` is the selection granularity, ``mass`` the
+        everything at a data set's length; ``pprobes`` are the queries that score for prefill views,
+        where they are fewer than ``probes``; ``every`` is the selection granularity, ``mass`` the
         percentage of attention mass that may be dropped, ``sure`` the probability in percent below
         which a token is drawn again with these views, having begun with a fifth;
         ``calibration=FILE`` gives each head its own budget, ``calibrated`` the one that comes with
@@ -64,6 +66,7 @@ class Configuration:
     decode: float | None = None
     kept: float | None = None
     probes: int = 32
+    prefill_probes: int | None = None
     window: int = 512
     block: int = 64
     sigma: float = DEFAULT_SIGMA
@@ -146,6 +149,7 @@ class Configuration:
             tables[1],
             self.window,
             self.probes,
+            self.prefill_probes or self.probes,
             self.min_candidates,
             self.granularity,
             self.first_refresh or self.refresh,

@@ -65,7 +65,9 @@ class Case:
         rows = slice(layer * HEADS, (layer + 1) * HEADS)
         later = 0 if phase == "prefill" else DECODE_QUERIES
         lists = self.lists.split(TOKENS - later)[0]
-        probes = self.q[layer, CHUNK - later - self.settings.probes : CHUNK - later]
+        asked = self.settings
+        count = asked.num_prefill_probes if phase == "prefill" else asked.probes
+        probes = self.q[layer, CHUNK - later - count : CHUNK - later]
         scores = LayerScores.measure(probes, self.kv, layer_lists(lists, rows), SHAPE.scale)
         past = TOKENS - CHUNK if phase == "prefill" else TOKENS - later
         layout = Layout.of([lists], self.settings.num_candidates(past), BLOCK)

@@ -28,7 +28,7 @@ def table(ratio: float, block: int = 16) -> BudgetTable:
 
 def settings(**changes: object) -> SparsitySettings:
     base = SparsitySettings(
-        TCAPolicy(), table(0.2), table(0.4), window=48, probes=8, min_candidates=32
+        TCAPolicy(), table(0.2), table(0.4), 48, probes=8, prefill_probes=5, min_candidates=32
     )
     return replace(base, **changes)
 

@@ -94,7 +94,7 @@ class Trial:
         layout = Layout.of([lists], settings.num_candidates(lists.end - num_tokens), settings.block)
         if not layout.num_candidates:
             return None
-        probes = slice(max(0, num_tokens - settings.probes), num_tokens)
+        probes = slice(max(0, num_tokens - settings.num_prefill_probes), num_tokens)
         return Trial(lists, layout, probes, _spread(0, num_tokens, PREFILL_QUERIES))
 
     @staticmethod

@@ -39,7 +39,7 @@ def stretch_at(request: Request, begin: int, largest: int) -> Stretch:
     first, tail = settings.first_selection(quantum), _tail(settings, end, quantum)
     if first <= begin < tail:
         stop = min(tail, begin - begin % quantum + quantum)
-        if stop - begin < settings.probes:
+        if stop - begin < settings.num_prefill_probes:
             # Too few queries to choose, behind a cached prefix.
             return Stretch(stop, stop, True)
         return Stretch(stop, begin, False)
@@ -53,4 +53,4 @@ def _tail(settings: SparsitySettings, end: int, quantum: int) -> int:
     """Where a prompt's tail begins: before a run that has too few queries to choose for itself."""
     tail = end - max(settings.tail, settings.probes) if settings.tail else end
     into = tail % quantum
-    return tail - into if into < settings.probes else tail
+    return tail - into if into < settings.num_prefill_probes else tail

@@ -149,7 +149,8 @@ class BatchedSelection:
             pieces = _pieces(number, work, 0)
             if any(piece.num_candidates for piece in pieces):
                 shortest = min(piece.end - piece.begin for piece in pieces)
-                choosing.setdefault(ranking_of(work, shortest), []).append(number)
+                probes = min(shortest, work.request.settings.num_prefill_probes)
+                choosing.setdefault(ranking_of(work, probes), []).append(number)
             if work.decode is not None:
                 ending.setdefault(ranking_of(work, work.num_tokens), []).append(number)
 

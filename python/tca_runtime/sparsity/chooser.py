@@ -142,11 +142,8 @@ class StepSelection:
             return None
         settings = work.request.settings
         rows = self._rows(layer)
-        probes = q[-settings.probes :]
-        scores = LayerScores.measure(
-            probes, self._pool.kv, layer_lists(work.lists, rows), self._shape.scale
-        )
         if work.decode is not None:
+            scores = self._score(work, rows, q[-settings.probes :])
             index = scores.index(work.decode, rows)
             candidates = self._candidates(scores, index, settings.block)
             best = self._pool.importance[candidates.slots]
@@ -155,6 +152,7 @@ class StepSelection:
             work.scored.append((candidates, index))
         if work.prefill is None:
             return None
+        scores = self._score(work, rows, q[-settings.num_prefill_probes :])
         index = scores.index(work.prefill, rows)
         candidates = self._candidates(scores, index, settings.block)
         return select(
@@ -201,6 +199,10 @@ class StepSelection:
                 "probes": work.scored[0][0].probes.shape[0],
             },
         )
+
+    def _score(self, work: ChunkSelection, rows: slice, probes: Tensor) -> LayerScores:
+        lists = layer_lists(work.lists, rows)
+        return LayerScores.measure(probes, self._pool.kv, lists, self._shape.scale)
 
     def _candidates(self, scores: LayerScores, index: Tensor, block: int) -> Candidates:
         return scores.candidates(index, self._pool.kv, block, self._shape.scale)

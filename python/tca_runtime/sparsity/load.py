@@ -59,6 +59,7 @@ def load_settings(
     return replace(
         settings,
         min_candidates=args.tca_min_candidates,
+        prefill_probes=args.tca_prefill_probes,
         first_refresh=args.tca_first_refresh,
         refresh=args.tca_refresh,
         tail=args.tca_tail,

@@ -119,6 +119,8 @@ class SparsitySettings:
     window : latest tokens that are never candidates; the window's start is aligned down to a
         block, so candidates are whole blocks
     probes : latest queries that score (1 is the paper)
+    prefill_probes : those at most that score for a prefill view; fewer do there, because what a
+        view lacks the last queries of a prompt still see (docs/quality.md)
     min_candidates : below this many droppable tokens everything is kept
     granularity : a chunk is split so that this many queries at most share a selection; longer runs
         drop less, because a run sees all of itself, and cost fewer selections (docs/quality.md)
@@ -137,6 +139,7 @@ class SparsitySettings:
     decode: BudgetTable
     window: int = DEFAULT_WINDOW
     probes: int = 32
+    prefill_probes: int = 16
     min_candidates: int = 512
     granularity: int = 4096
     first_refresh: int = 16
@@ -163,6 +166,11 @@ class SparsitySettings:
         return -(-(self.window + blocks * self.block) // quantum) * quantum
 
     @property
+    def num_prefill_probes(self) -> int:
+        """Queries that score for a prefill view."""
+        return min(self.prefill_probes, self.probes)
+
+    @property
     def num_refresh_probes(self) -> int:
         """Queries that score in a refresh: no more than were generated before the first."""
         return min(self.refresh_probes, self.probes, self.first_refresh, self.refresh)
@@ -180,6 +188,7 @@ class SparsitySettings:
         rest = (
             self.window,
             self.probes,
+            self.num_prefill_probes,
             self.min_candidates,
             self.granularity,
             self.tail,

@@ -49,6 +49,7 @@ def table(run: BenchRun, shape: Shape, kv: Tensor) -> None:
 
     norm = partial(F.rms_norm, x, (hidden,), weight, 1e-5)
     measure("norm", "torch", 2 * x.numel(), norm)
+    measure("norm", "", 2 * x.numel(), partial(fused.rms_norm, x, weight, 1e-5))
     turned = 2 * rotated.numel() + 2 * cos.numel()
     for count, warps in ((16, 2), (16, 1), (32, 4), (64, 4), (64, 8)):
         with_tile = partial(fused.rotate, rotated, cos, sin, (count, warps))

@@ -13,19 +13,42 @@ from tca_kernels.dispatch import cdiv, next_power_of_2
 _ROTATE_TILE = (16, 2)
 _ROW_TILE = (4096, 4)
 _SILU_TILE = (2048, 4)
+# Elements that a program, and a warp of it, can hold in registers.
+_WIDEST_NORM = 16384
+_NORM_WARP = 512
 # Elements below which another CPU thread costs more than it saves.
 _THREAD_ELEMENTS = 1 << 15
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of ``[T, N]``."""
-    if not (dispatch.use_numba(x) and x.is_contiguous()):
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    from tca_kernels.cpu.elementwise import rms_norm_kernel
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of ``[T, N]``.
+
+    Computed in float32, rounded once.
+    """
+    if x.is_contiguous() and dispatch.use_numba(x):
+        from tca_kernels.cpu.elementwise import rms_norm_kernel as rms_norm_on_cpu
+
+        out = torch.empty_like(x)
+        parts = dispatch.cpu_parts(x.numel(), _THREAD_ELEMENTS)
+        rms_norm_on_cpu()(x.numpy(), weight.numpy(), eps, out.numpy(), parts)
+        return out
+    width = x.shape[-1]
+    if not (x.is_contiguous() and dispatch.use_triton(x) and width <= _WIDEST_NORM):
+        return F.rms_norm(x, (width,), weight, eps)
+    from tca_kernels.triton.fused import rms_norm_kernel
 
     out = torch.empty_like(x)
-    parts = dispatch.cpu_parts(x.numel(), _THREAD_ELEMENTS)
-    rms_norm_kernel()(x.numpy(), weight.numpy(), eps, out.numpy(), parts)
+    padded = next_power_of_2(width)
+    if x.numel():
+        rms_norm_kernel[(x.numel() // width,)](
+            x,
+            weight,
+            out,
+            width,
+            eps,
+            WIDTH=padded,
+            num_warps=min(max(padded // _NORM_WARP, 1), 16),
+        )
     return out
 
 

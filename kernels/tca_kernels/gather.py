@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tca_kernels import dispatch, reference
@@ -29,6 +30,62 @@ class ViewSlots:
     indptr: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class ViewTables:
+    """How views are put together, with what the kernel reads of it.
+
+    Attributes
+    ----------
+    candidates, lengths : int64 ``[R]`` on the host, as in ``view_slots``
+    indptr : int64 ``[R + 1]`` on the host, as in ``ViewSlots``
+    num_kept : entries of the selection
+    num_slots, longest : slots of all views and of the longest one
+    table : int64 ``[R, 5]`` on the device, as ``view_slots_kernel`` describes it
+    """
+
+    candidates: Tensor
+    lengths: Tensor
+    indptr: Tensor
+    num_kept: int
+    num_slots: int
+    longest: int
+    table: Tensor
+
+    @staticmethod
+    def build(
+        candidates: Tensor, lengths: Tensor, kept_indptr: Tensor, device: torch.device
+    ) -> list[ViewTables]:
+        """Tables of ``L`` selections from the same candidates, in one upload.
+
+        Parameters
+        ----------
+        candidates, lengths : ``[...]`` with ``R`` elements, integer, on the host
+        kept_indptr : int64 ``[L, R + 1]`` on the host, the selections' ``indptr``
+
+        Raises
+        ------
+        ValueError
+            If a table is on the device.
+        """
+        candidates = host_table(candidates, "candidates").flatten()
+        lengths = host_table(lengths, "lengths").flatten()
+        kept_indptr = host_table(kept_indptr, "kept_indptr")
+        kept = kept_indptr.diff(dim=1)
+        sizes = kept + lengths - candidates
+        indptr = F.pad(sizes.cumsum(1), (1, 0))
+        columns = (candidates.expand_as(kept), kept_indptr[:, :-1], kept, indptr[:, :-1], sizes)
+        table = upload(torch.stack(columns, 2), device)
+        per_layer = zip(
+            indptr,
+            kept_indptr[:, -1].tolist(),
+            indptr[:, -1].tolist(),
+            sizes.amax(1).tolist(),
+            table,
+            strict=True,
+        )
+        return [ViewTables(candidates, lengths, *own) for own in per_layer]
+
+
 def view_slots(
     arena: Tensor, start: Tensor, candidates: Tensor, lengths: Tensor, selection: Selection
 ) -> ViewSlots:
@@ -47,32 +104,41 @@ def view_slots(
     -------
     The views; row ``r`` has ``kept + lengths - candidates`` slots, in list order.
     """
+    (tables,) = ViewTables.build(candidates, lengths, selection.indptr[None], arena.device)
+    return view_slots_by_tables(arena, start, selection, tables)
+
+
+def view_slots_by_tables(
+    arena: Tensor, start: Tensor, selection: Selection, tables: ViewTables
+) -> ViewSlots:
+    """``view_slots`` with its tables on the device already; no copy of a contiguous ``start``.
+
+    Raises
+    ------
+    ValueError
+        If the tables are of another number of kept entries.
+    """
     check_lists(arena=arena)
-    candidates = host_table(candidates, "candidates").flatten()
-    lengths = host_table(lengths, "lengths").flatten()
-    kept = selection.indptr.diff()
-    sizes = kept + lengths - candidates
-    indptr = torch.zeros(len(sizes) + 1, dtype=torch.int64)
-    torch.cumsum(sizes, 0, out=indptr[1:])
+    if tables.num_kept != selection.indices.numel():
+        raise ValueError(f"{tables.num_kept} kept entries, not {selection.indices.numel()}")
     if not dispatch.use_triton(arena):
         slots = reference.view_slots(
-            arena, start, candidates, lengths, selection.indices, selection.indptr
+            arena, start, tables.candidates, tables.lengths, selection.indices, selection.indptr
         )
-        return ViewSlots(slots, indptr)
+        return ViewSlots(slots, tables.indptr)
     from tca_kernels.triton.gather import view_slots_kernel
 
-    table = torch.stack((candidates, selection.indptr[:-1], kept, indptr[:-1], sizes), 1)
-    slots = torch.empty(int(indptr[-1]), dtype=torch.int32, device=arena.device)
-    view_slots_kernel[(len(sizes), max(cdiv(int(sizes.max()), _SLOT_TILE), 1))](
+    slots = torch.empty(tables.num_slots, dtype=torch.int32, device=arena.device)
+    view_slots_kernel[(len(tables.lengths), max(cdiv(tables.longest, _SLOT_TILE), 1))](
         arena,
         # Of a shared list, ``start`` may be expanded, which flattening alone keeps.
         start.flatten().contiguous(),
-        upload(table, arena.device),
+        tables.table,
         selection.indices,
         slots,
         TILE=_SLOT_TILE,
     )
-    return ViewSlots(slots, indptr)
+    return ViewSlots(slots, tables.indptr)
 
 
 def whole_lists(arena: Tensor, start: Tensor, lengths: Tensor) -> Tensor:

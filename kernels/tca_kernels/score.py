@@ -41,13 +41,70 @@ class ScoreConfig:
     paired: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class ScoreTables:
+    """The lists' sizes, with what the kernels read of them.
+
+    Attributes
+    ----------
+    lengths, counts : int64 ``[N, Hkv]`` on the host, as in ``probe_scores``
+    shortest, longest : length of a list
+    most_scores, num_scores : largest and total count
+    table : int64 ``[N * Hkv, 3]`` on the device: a list's length, its count, its first score
+    """
+
+    lengths: Tensor
+    counts: Tensor
+    shortest: int
+    longest: int
+    most_scores: int
+    num_scores: int
+    table: Tensor
+
+    @staticmethod
+    def build(lengths: Tensor, counts: Tensor, device: torch.device) -> ScoreTables:
+        """Tables of one upload.
+
+        Parameters
+        ----------
+        lengths, counts : ``[N, Hkv]``, integer, on the host
+
+        Raises
+        ------
+        ValueError
+            If a list is shorter than its count, or a table is on the device.
+        """
+        lengths, counts = host_table(lengths, "lengths"), host_table(counts, "counts")
+        if bool((counts > lengths).any()):
+            raise ValueError("every list must hold the entries to be scored")
+        return ScoreTables._of(lengths, counts, device)
+
+    def shortened(self, tokens: int) -> ScoreTables:
+        """Of lists that end ``tokens`` earlier; an entry beyond its list scores nothing."""
+        return ScoreTables._of(self.lengths - tokens, self.counts, self.table.device)
+
+    @staticmethod
+    def _of(lengths: Tensor, counts: Tensor, device: torch.device) -> ScoreTables:
+        ends = counts.flatten().cumsum(0)
+        table = torch.stack((lengths.flatten(), counts.flatten(), ends - counts.flatten()), 1)
+        return ScoreTables(
+            lengths,
+            counts,
+            int(lengths.min()),
+            int(lengths.max()),
+            int(counts.max()),
+            int(ends[-1]),
+            upload(table, device),
+        )
+
+
 def default_config(rows: int, head_dim: int, dtype: torch.dtype) -> ScoreConfig:
     """Keep a tile's logits in registers, and queries and two tiles of keys in shared memory."""
     wide = rows > 128 or rows * head_dim * dtype.itemsize > 128 * 128 * 2
     return ScoreConfig(64, num_warps=8 if wide else 4, num_stages=2 if wide else 3)
 
 
-PAIRED_CONFIG = ScoreConfig(64, num_warps=4, num_stages=3, programs=4, paired=True)
+PAIRED_CONFIG = ScoreConfig(64, num_warps=4, num_stages=3, programs=2, paired=True)
 
 
 def fits_paired(q: Tensor, kv: Tensor, start: Tensor) -> bool:
@@ -132,23 +189,44 @@ def probe_scores(
     ValueError
         If a list is shorter than the probes or than its count, or a table is on the device.
     """
+    tables = ScoreTables.build(lengths, counts, q.device)
+    return probe_scores_by_tables(q, kv, arena, start, tables, scale, config)
+
+
+def probe_scores_by_tables(
+    q: Tensor,
+    kv: Tensor,
+    arena: Tensor,
+    start: Tensor,
+    tables: ScoreTables,
+    scale: float,
+    config: ScoreConfig | None = None,
+) -> Tensor:
+    """``probe_scores`` with its tables on the device already.
+
+    Uploads others nevertheless if the probes are more than one matrix product takes.
+
+    Raises
+    ------
+    ValueError
+        If a list is shorter than the probes.
+    """
     check_pool(kv, q.shape[-1])
     check_lists(arena=arena)
-    lengths, counts = host_table(lengths, "lengths"), host_table(counts, "counts")
-    if bool((lengths < q.shape[1]).any()) or bool((counts > lengths).any()):
-        raise ValueError("every list must hold its probes' tokens and the entries to be scored")
-    if not dispatch.use_triton(q):
-        return reference.probe_scores(q, kv, arena, start, lengths, counts, scale)
     probes = q.shape[1]
+    if tables.shortest < probes:
+        raise ValueError("every list must hold its probes' tokens")
+    if not dispatch.use_triton(q):
+        return reference.probe_scores(q, kv, arena, start, tables.lengths, tables.counts, scale)
     step = _probes_at_once(q, kv, start, config)
     if probes <= step:
-        return _score_triton(q, kv, arena, start, lengths, counts, scale, config)
-    # More rows than one matrix product takes. Earlier probes see a prefix of the list.
-    total = torch.zeros(int(counts.sum()), dtype=torch.float32, device=q.device)
+        return _score_triton(q, kv, arena, start, tables, scale, config)
+    total = torch.zeros(tables.num_scores, dtype=torch.float32, device=q.device)
     for first in range(0, probes, step):
         part = q[:, first : first + step]
-        seen = lengths - (probes - first - part.shape[1])
-        score = _score_triton(part, kv, arena, start, seen, counts, scale, config)
+        # Earlier probes see a prefix of the list.
+        seen = tables.shortened(probes - first - part.shape[1])
+        score = _score_triton(part, kv, arena, start, seen, scale, config)
         total.add_(score, alpha=part.shape[1] / probes)
     return total
 
@@ -158,8 +236,7 @@ def _score_triton(
     kv: Tensor,
     arena: Tensor,
     start: Tensor,
-    lengths: Tensor,
-    counts: Tensor,
+    tables: ScoreTables,
     scale: float,
     config: ScoreConfig | None,
 ) -> Tensor:
@@ -176,13 +253,11 @@ def _score_triton(
     if config.paired:
         rows = max(rows, _PAIRED_ROWS[0])
     groups = cdiv(items, 2) if config.paired else items
-    chunk = _chunk(int(lengths.max()), groups * num_heads, config, q.device)
-    num_chunks = cdiv(int(lengths.max()), chunk)
+    chunk = _chunk(tables.longest, groups * num_heads, config, q.device)
+    num_chunks = cdiv(tables.longest, chunk)
 
-    ends = counts.flatten().cumsum(0)
-    table = torch.stack((lengths.flatten(), counts.flatten(), ends - counts.flatten()), 1)
-    table = upload(table, q.device)
-    scores = torch.empty(int(ends[-1]), dtype=torch.float32, device=q.device)
+    table = tables.table
+    scores = torch.empty(tables.num_scores, dtype=torch.float32, device=q.device)
     partial = torch.empty(num_chunks, pairs, rows, dtype=torch.float32, device=q.device)
     lse = torch.empty(pairs, rows, dtype=torch.float32, device=q.device)
     queries = (q, q.stride(0), q.stride(1), q.stride(2))
@@ -194,7 +269,7 @@ def _score_triton(
     programs = groups * num_heads
     first[(programs, num_chunks)](*queries, *lists, partial, *sizes, **shape, **first_launch)
     probe_merge_kernel[(pairs,)](partial, table, lse, pairs, chunk, ROWS=rows, BLOCK=_MERGE_BLOCK)
-    second[(programs, cdiv(int(counts.max()), chunk))](
+    second[(programs, cdiv(tables.most_scores, chunk))](
         *queries, *lists, lse, scores, *sizes, **shape, **second_launch
     )
     return scores

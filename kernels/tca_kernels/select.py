@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tca_kernels import dispatch, reference
@@ -32,6 +33,75 @@ class Selection:
     indices: Tensor
     indptr: Tensor
     dropped_mass: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SelectTables:
+    """How many blocks of each row keep how much, with what the kernels read of it.
+
+    Attributes
+    ----------
+    row_blocks : int64 ``[R]`` on the host
+    levels : entries kept per block at each of the ``K`` levels
+    num_blocks, longest : blocks of all rows and of the longest one
+    row_bounds : int32 ``[R + 1]`` on the device, where each row's blocks begin
+    level_sizes : int32 ``[K]`` on the device, ``levels``
+    level_counts : int64 ``[R, K]`` on the host
+    level_stops : int32 ``[R, K]`` on the device, running sums of ``level_counts``
+    indptr : int64 ``[R + 1]`` on the host, as in ``Selection``
+    num_kept : entries kept of all rows
+    """
+
+    row_blocks: Tensor
+    levels: tuple[int, ...]
+    num_blocks: int
+    longest: int
+    row_bounds: Tensor
+    level_sizes: Tensor
+    level_counts: Tensor
+    level_stops: Tensor
+    indptr: Tensor
+    num_kept: int
+
+    @staticmethod
+    def build(
+        row_blocks: Tensor, level_counts: Tensor, levels: tuple[int, ...], device: torch.device
+    ) -> list[SelectTables]:
+        """Tables of ``L`` selections from rows of the same blocks, in one upload.
+
+        Parameters
+        ----------
+        row_blocks : ``[R]``, integer, on the host
+        level_counts : ``[L, R, K]``, integer, on the host; each row sums to ``row_blocks``
+        levels : ``K`` sizes
+
+        Raises
+        ------
+        ValueError
+            If counts and blocks do not agree, or a table is on the device.
+        """
+        row_blocks = host_table(row_blocks, "row_blocks")
+        level_counts = host_table(level_counts, "level_counts")
+        if not torch.equal(level_counts.sum(2), row_blocks.expand(len(level_counts), -1)):
+            raise ValueError("level_counts must distribute exactly the blocks of each row")
+        sizes = torch.tensor(levels)
+        indptr = F.pad((level_counts * sizes).sum(2).cumsum(1), (1, 0))
+        bounds = F.pad(row_blocks.cumsum(0), (1, 0))
+        stops = level_counts.cumsum(2)
+        table = upload(torch.cat((bounds, sizes, stops.flatten())).to(torch.int32), device)
+        row_bounds, level_sizes, level_stops = table.split(
+            (bounds.numel(), sizes.numel(), stops.numel())
+        )
+        longest = int(row_blocks.max()) if len(row_blocks) else 0
+        shared = (row_blocks, levels, int(bounds[-1]), longest, row_bounds, level_sizes)
+        per_layer = zip(
+            level_counts,
+            level_stops.view_as(stops),
+            indptr,
+            indptr[:, -1].tolist(),
+            strict=True,
+        )
+        return [SelectTables(*shared, *own) for own in per_layer]
 
 
 def block_scores(scores: Tensor, block: int, kind: BlockScore = "raw-hhi") -> Tensor:
@@ -103,72 +173,72 @@ def select(
     ValueError
         If counts, blocks and scores do not agree, or a table is on the device.
     """
-    row_blocks = host_table(row_blocks, "row_blocks")
-    level_counts = host_table(level_counts, "level_counts")
-    if not torch.equal(level_counts.sum(1), row_blocks):
-        raise ValueError("level_counts must distribute exactly the blocks of each row")
-    if int(row_blocks.sum()) != block_score.numel():
-        raise ValueError(f"{int(row_blocks.sum())} blocks, but {block_score.numel()} block scores")
+    (tables,) = SelectTables.build(row_blocks, level_counts[None], levels, scores.device)
+    return select_by_tables(scores, block_score, tables, descending=descending)
+
+
+def select_by_tables(
+    scores: Tensor, block_score: Tensor, tables: SelectTables, *, descending: bool = False
+) -> Selection:
+    """``select`` with its tables on the device already.
+
+    Raises
+    ------
+    ValueError
+        If the tables are of another number of blocks.
+    """
+    if tables.num_blocks != block_score.numel():
+        raise ValueError(f"{tables.num_blocks} blocks, but {block_score.numel()} block scores")
     check_lists(scores=scores, block_score=block_score)
-    kept = (level_counts * torch.tensor(levels)).sum(1)
-    indptr = torch.zeros(len(kept) + 1, dtype=torch.int64)
-    torch.cumsum(kept, 0, out=indptr[1:])
     if not block_score.numel():
         nothing = torch.empty(0, dtype=torch.int32, device=scores.device)
-        return Selection(nothing, indptr, torch.zeros(len(kept), device=scores.device))
+        dropped = torch.zeros(len(tables.row_blocks), device=scores.device)
+        return Selection(nothing, tables.indptr, dropped)
     if dispatch.use_triton(scores):
-        indices, dropped = _select_triton(
-            scores, block_score, row_blocks, level_counts, levels, descending, int(indptr[-1])
-        )
+        indices, dropped = _select_triton(scores, block_score, tables, descending)
     else:
         indices, dropped = reference.select(
-            scores, block_score, row_blocks, level_counts, levels, descending
+            scores, block_score, tables.row_blocks, tables.level_counts, tables.levels, descending
         )
-    return Selection(indices, indptr, dropped)
+    return Selection(indices, tables.indptr, dropped)
 
 
 def _select_triton(
-    scores: Tensor,
-    block_score: Tensor,
-    row_blocks: Tensor,
-    level_counts: Tensor,
-    levels: tuple[int, ...],
-    descending: bool,
-    kept: int,
+    scores: Tensor, block_score: Tensor, tables: SelectTables, descending: bool
 ) -> tuple[Tensor, Tensor]:
     from tca_kernels.triton.select import block_budget_kernel, block_topk_kernel, row_sum_kernel
 
     device = scores.device
-    num_rows, num_blocks = len(row_blocks), block_score.numel()
+    num_rows, num_blocks = len(tables.row_blocks), tables.num_blocks
     block = scores.numel() // num_blocks
-    longest = int(row_blocks.max())
-    # One upload for all tables.
-    bounds = torch.zeros(num_rows + 1, dtype=torch.int64)
-    torch.cumsum(row_blocks, 0, out=bounds[1:])
-    stops = level_counts.cumsum(1).flatten()
-    table = upload(torch.cat((bounds, stops, torch.tensor(levels))).to(torch.int32), device)
-    row_ptr, stop_ptr, level_ptr = table.tensor_split((num_rows + 1, num_rows + 1 + stops.numel()))
-
     keep = torch.empty(num_blocks, dtype=torch.int32, device=device)
-    block_budget_kernel[(num_rows, cdiv(longest, _RANK_TILE))](
+    block_budget_kernel[(num_rows, cdiv(tables.longest, _RANK_TILE))](
         block_score,
-        row_ptr,
-        stop_ptr,
-        level_ptr,
+        tables.row_bounds,
+        tables.level_stops,
+        tables.level_sizes,
         keep,
-        LEVELS=len(levels),
+        LEVELS=len(tables.levels),
         DESCENDING=descending,
         TILE=_RANK_TILE,
         num_warps=2,
     )
     keep_end = keep.cumsum(0, dtype=torch.int32)
-    indices = torch.empty(kept, dtype=torch.int32, device=device)
+    indices = torch.empty(tables.num_kept, dtype=torch.int32, device=device)
     dropped = torch.empty(num_blocks, dtype=torch.float32, device=device)
     tile = max(1, 4096 // (block * block))
     # One warp: ranks then need no exchange through shared memory (70 us against 240 on an H200).
-    block_topk_kernel[(num_rows, cdiv(longest, tile))](
-        scores, keep, keep_end, row_ptr, indices, dropped, BLOCK=block, TILE=tile, num_warps=1
+    block_topk_kernel[(num_rows, cdiv(tables.longest, tile))](
+        scores,
+        keep,
+        keep_end,
+        tables.row_bounds,
+        indices,
+        dropped,
+        BLOCK=block,
+        TILE=tile,
+        num_warps=1,
     )
     row_dropped = torch.empty(num_rows, dtype=torch.float32, device=device)
-    row_sum_kernel[(num_rows,)](dropped, row_ptr, row_dropped, TILE=_SUM_TILE)
+    row_sum_kernel[(num_rows,)](dropped, tables.row_bounds, row_dropped, TILE=_SUM_TILE)
     return indices, row_dropped

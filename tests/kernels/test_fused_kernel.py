@@ -39,6 +39,20 @@ def test_rms_norm(tokens: int, width: int, device: torch.device, dtype: torch.dt
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize(("width", "stride"), [(64, 128), (17000, 17000)])
+def test_rms_norm_of_what_the_kernel_does_not_take(
+    width: int, stride: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Rows with gaps between them, and rows too wide for registers."""
+    x = torch.randn(3, stride, device=device).to(dtype)[:, :width]
+    weight = torch.randn(width, device=device).to(dtype)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    tolerance = TOLERANCE[dtype]
+    out = rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (3, 2048), (7, 2052)])
 def test_silu_mul(tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
     gate_up = torch.randn(tokens, 2 * width, device=device).to(dtype)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import random_lists, random_pool, slots_of
 
-from tca_kernels.gather import gather_views, view_slots
+from tca_kernels.gather import ViewTables, gather_views, view_slots, view_slots_by_tables
 from tca_kernels.select import Selection
 
 
@@ -35,6 +35,38 @@ def test_view_is_kept_candidates_then_the_rest(
         expected = torch.cat((entries[kept], entries[candidates.flatten()[row] :]))
         assert torch.equal(slots[indptr[row] : indptr[row + 1]], expected)
     assert indptr[-1] == len(slots)
+
+
+@pytest.mark.parametrize("backend", ["reference", "kernel"])
+def test_tables_of_several_layers_give_the_views_of_each(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "reference":
+        monkeypatch.setattr("tca_kernels.dispatch.use_triton", lambda tensor: False)
+    lengths, candidates = torch.tensor([[30, 7], [64, 90]]), torch.tensor([[16, 0], [64, 48]])
+    arena, start, _ = random_lists(lengths)
+    arena, start = arena.to(device), start.to(device)
+    selections = [random_selection(candidates, device) for _ in range(3)]
+    kept = torch.stack([selection.indptr for selection in selections])
+    tables = ViewTables.build(candidates, lengths, kept, device)
+    for own, selection in zip(tables, selections, strict=True):
+        found = view_slots_by_tables(arena, start, selection, own)
+        expected = view_slots(arena, start, candidates, lengths, selection)
+        assert torch.equal(found.slots, expected.slots)
+        assert torch.equal(found.indptr, expected.indptr)
+
+
+def test_refuses_tables_of_another_selection(device: torch.device) -> None:
+    lengths = torch.tensor([[4]])
+    arena, start, _ = random_lists(lengths)
+    nothing = Selection(
+        torch.empty(0, dtype=torch.int32, device=device),
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(1, device=device),
+    )
+    (tables,) = ViewTables.build(lengths, lengths, torch.tensor([[0, 3]]), device)
+    with pytest.raises(ValueError, match="3 kept entries, not 0"):
+        view_slots_by_tables(arena.to(device), start.to(device), nothing, tables)
 
 
 def test_items_may_share_a_list(device: torch.device) -> None:

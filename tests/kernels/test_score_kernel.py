@@ -10,7 +10,14 @@ from kernel_cases import TOLERANCE, random_lists, random_pool, relative_error, s
 from torch import Tensor
 
 from tca_kernels import reference
-from tca_kernels.score import PAIRED_CONFIG, ScoreConfig, fits_paired, probe_scores
+from tca_kernels.score import (
+    PAIRED_CONFIG,
+    ScoreConfig,
+    ScoreTables,
+    fits_paired,
+    probe_scores,
+    probe_scores_by_tables,
+)
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -141,6 +148,26 @@ def test_more_probes_than_one_product_takes(device: torch.device) -> None:
     scores = probe_scores(*inputs, 0.3)
     assert relative_error(scores, reference.probe_scores(*inputs, 0.3)) < 1e-5
     assert float(scores.sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "kernel"])
+@pytest.mark.parametrize(("probes", "group"), [(3, 2), (40, 8)])
+def test_tables_score_as_the_lists_sizes(
+    backend: str,
+    probes: int,
+    group: int,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also of more probes than one product takes, which see prefixes of the tables' lists."""
+    if backend == "reference":
+        monkeypatch.setattr("tca_kernels.dispatch.use_triton", lambda tensor: False)
+    lengths, counts = torch.tensor([[50, 70], [90, 64]]), torch.tensor([[50, 64], [0, 16]])
+    inputs = case(lengths, counts, probes, group, 32, torch.float32, device)
+    tables = ScoreTables.build(lengths, counts, device)
+    for _ in range(2):
+        found = probe_scores_by_tables(*inputs[:4], tables, 0.3)
+        assert torch.equal(found, probe_scores(*inputs, 0.3))
 
 
 def test_large_logits_do_not_overflow(device: torch.device) -> None:

@@ -10,7 +10,14 @@ from kernel_cases import relative_error
 from torch import Tensor
 
 from tca_kernels import reference
-from tca_kernels.select import BlockScore, Selection, block_scores, select
+from tca_kernels.select import (
+    BlockScore,
+    Selection,
+    SelectTables,
+    block_scores,
+    select,
+    select_by_tables,
+)
 
 KINDS: list[BlockScore] = ["raw-hhi", "normalised-hhi", "mass"]
 
@@ -159,6 +166,25 @@ def test_scores_that_are_no_numbers_keep_to_their_place(device: torch.device) ->
     assert selection.indices[3:].tolist() == [14, 15]
 
 
+@pytest.mark.parametrize("backend", ["reference", "kernel"])
+def test_tables_of_several_layers_select_as_the_counts_of_each(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "reference":
+        monkeypatch.setattr("tca_kernels.dispatch.use_triton", lambda tensor: False)
+    row_blocks, levels = torch.tensor([5, 0, 70]), (1, 2, 4, 8)
+    counts = torch.stack([random_counts(row_blocks, 4) for _ in range(3)])
+    scores = torch.rand(75 * 8, device=device)
+    order = block_scores(scores, 8)
+    tables = SelectTables.build(row_blocks, counts, levels, device)
+    for own, layer_counts in zip(tables, counts, strict=True):
+        found = select_by_tables(scores, order, own, descending=True)
+        expected = select(scores, order, row_blocks, layer_counts, levels, descending=True)
+        assert torch.equal(found.indices, expected.indices)
+        assert torch.equal(found.indptr, expected.indptr)
+        assert torch.equal(found.dropped_mass, expected.dropped_mass)
+
+
 def test_no_candidates_select_nothing(device: torch.device) -> None:
     empty = torch.empty(0, device=device)
     counts = torch.zeros(2, 4, dtype=torch.int64)
@@ -180,3 +206,7 @@ def test_refuses_counts_that_do_not_fit() -> None:
         block_scores(scores, 3)
     with pytest.raises(ValueError, match="none of raw-hhi"):
         block_scores(scores, 8, "entropy")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="level_counts must be on the host"):
+        SelectTables.build(
+            torch.tensor([2]), torch.tensor([[[1, 1]]], device="meta"), (1, 2), scores.device
+        )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
+from tca_kernels import dispatch, gather, score, select
 from tca_runtime.attention.base import AttentionShape
 from tca_runtime.cache.head_slots import HeadSlots
 from tca_runtime.cache.slot_pool import SlotPool
-from tca_runtime.sparsity import batched_decode
+from tca_runtime.sparsity import batched, batched_decode
 from tca_runtime.sparsity.batched import BatchedSelection, covers
 from tca_runtime.sparsity.budget import BudgetTable
 from tca_runtime.sparsity.chooser import ChunkSelection, DecodeView, RequestSparsity, StepSelection
@@ -156,6 +158,28 @@ def test_one_shot_selects_the_decode_view_alone(size: int) -> None:
     assert equal_views(left, right)
     assert len(left.slots) < lists.num_slots
     assert torch.equal(both.pools[0].importance, both.pools[1].importance)
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels on the CPU, interpreted"
+)
+@pytest.mark.parametrize("granularity", [100, 40])
+def test_choosing_uploads_nothing(monkeypatch: pytest.MonkeyPatch, granularity: int) -> None:
+    """With the kernels, whose tables of all layers are on the device from the beginning."""
+    pytest.importorskip("triton")
+    both = select_both(RequestSparsity(settings(granularity=granularity)), 300, 100, False)
+    expected = [both.many(layer, both.q) for layer in range(2)]
+
+    def refuse(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+        raise AssertionError("an upload in a layer")
+
+    for module in (batched, dispatch, gather, score, select):
+        monkeypatch.setattr(module, "upload", refuse)
+    monkeypatch.setattr(dispatch, "use_triton", lambda tensor: True)
+    for layer, lists in enumerate(expected):
+        found = both.many(layer, both.q)
+        assert torch.equal(found.slots, lists.slots)
+        assert found.lengths.tolist() == lists.lengths.tolist()
 
 
 def test_a_chunk_that_ends_no_prompt_keeps_no_queries() -> None:

@@ -37,6 +37,18 @@ def rotate_kernel(
     tl.store(first_ptr + HALF, (second * cos_second + first * sin_second).to(kind), mask=mask)
 
 
+@triton.jit
+def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, width, eps, WIDTH: tl.constexpr):
+    """``x / sqrt(mean(x^2) + eps) * weight``, one program per row of ``[T, width]``."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    mask = column < width
+    x = tl.load(x_ptr + row * width + column, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=mask).to(tl.float32)
+    out = x * tl.rsqrt(tl.sum(x * x, axis=0) / width + eps) * weight
+    tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["row_stride"])
 def silu_mul_kernel(source_ptr, row_stride, target_ptr, width, TILE: tl.constexpr):
     """``silu(source[:, :width]) * source[:, width:]``, one program per (row, tile)."""

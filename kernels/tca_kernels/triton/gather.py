@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize_on_alignment=["table_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["start_ptr", "table_ptr"])
 def view_slots_kernel(arena_ptr, start_ptr, table_ptr, index_ptr, out_ptr, TILE: tl.constexpr):
     """One program per (row, tile of the row's output).
 

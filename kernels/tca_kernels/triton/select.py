@@ -39,7 +39,7 @@ def _sort_keys(score_ptr, block, num_blocks, DESCENDING: tl.constexpr):
     return tl.where(valid, key, 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize_on_alignment=["row_ptr", "stop_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["row_ptr", "stop_ptr", "level_ptr"])
 def block_budget_kernel(
     block_score_ptr,
     row_ptr,

@@ -7,18 +7,14 @@ keys and values of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tca_kernels import dispatch
 from tca_kernels.append import write_kv
 from tca_kernels.decode import DecodeWorkspace, decode_attention
-from tca_kernels.fused import copy_rows
 from tca_kernels.gather import gather_views, whole_lists
 from tca_runtime.attention.base import (
     AttentionBackend,
@@ -30,89 +26,12 @@ from tca_runtime.attention.base import (
     SlotLists,
     ViewChooser,
 )
+from tca_runtime.attention.pieces import Lengths, Pieces, RaggedPrefill
 
 INITIAL_BATCH = 64
 """Decode requests that the first workspace holds; it grows when a step has more."""
 
-Lengths = NDArray[np.int64]
 Lists = Callable[[int, Tensor], PieceLists]
-
-
-class RaggedPrefill(Protocol):
-    """Causal attention over sequences laid end to end."""
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, kv_lengths: Lengths
-    ) -> Tensor:
-        """Attend; the last query of a sequence sees all of its keys.
-
-        Parameters
-        ----------
-        q : ``[sum(q_lengths), Hq, D]``
-        k, v : ``[sum(kv_lengths), Hkv, D]``
-        q_lengths, kv_lengths : per sequence, on the host
-
-        Returns
-        -------
-        Like ``q``.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Runs of the step's tokens whose lists are attended to in one call.
-
-    Attributes
-    ----------
-    size : their common length if they are equal and adjacent, as the pieces of a long chunk are,
-        and 0 otherwise
-    rows : unless they are, int64, the places of the packed rows in ``[T * Hkv, group * D]``
-    """
-
-    spans: Sequence[tuple[int, int]]
-    size: int
-    rows: Tensor | None
-
-    @staticmethod
-    def of(spans: Sequence[tuple[int, int]], num_kv_heads: int, device: torch.device) -> Pieces:
-        sizes = {n for _, n in spans}
-        starts = [start for start, _ in spans]
-        size = sizes.pop() if len(sizes) == 1 else 0
-        if size and starts == [starts[0] + i * size for i in range(len(spans))]:
-            return Pieces(spans, size, None)
-        heads = np.arange(num_kv_heads)[:, None]
-        rows = [(np.arange(s, s + n) * num_kv_heads + heads).ravel() for s, n in spans]
-        return Pieces(spans, 0, dispatch.upload(torch.from_numpy(np.concatenate(rows)), device))
-
-    @property
-    def lengths(self) -> Lengths:
-        return _sizes(self.spans)
-
-    def pack(self, q: Tensor, num_kv_heads: int) -> Tensor:
-        """``[T, Hq, D]`` to rows ordered by piece, KV head, token: ``[n * Hkv, group, D]``."""
-        group, dim = q.shape[1] // num_kv_heads, q.shape[2]
-        if self.rows is not None:
-            return q.reshape(-1, group, dim).index_select(0, self.rows)
-        source = self._blocks(q, num_kv_heads)
-        target = q.new_empty(len(self.spans), num_kv_heads, self.size, group * dim)
-        copy_rows(source, target.transpose(1, 2))
-        return target.view(-1, group, dim)
-
-    def unpack(self, rows: Tensor, out: Tensor, num_kv_heads: int) -> None:
-        """Write packed rows to their tokens of ``out [T, Hq, D]``."""
-        group, dim = rows.shape[1:]
-        if self.rows is not None:
-            out.view(-1, group, dim).index_copy_(0, self.rows, rows)
-            return
-        source = rows.view(len(self.spans), num_kv_heads, self.size, group * dim)
-        copy_rows(source.transpose(1, 2), self._blocks(out, num_kv_heads))
-
-    def _blocks(self, heads: Tensor, num_kv_heads: int) -> Tensor:
-        """The pieces' part of ``[T, Hq, D]`` as ``[pieces, size, Hkv, group * D]``."""
-        begin = self.spans[0][0]
-        rows = heads[begin : begin + self.size * len(self.spans)].flatten(1)
-        return rows.view(len(self.spans), self.size, num_kv_heads, -1)
 
 
 class CudaBackend(AttentionBackend):
@@ -181,19 +100,15 @@ class CudaBackend(AttentionBackend):
     ) -> list[Callable[[int, Tensor, Tensor, Tensor, Tensor], None]]:
         """One callable per group of chunks that find their lists in the same way."""
         batch = step.choose_views
-
-        def pieces(spans: Sequence[tuple[int, int]]) -> Pieces:
-            return Pieces.of(spans, self.shape.num_kv_heads, self.kv.device)
-
         chosen = batch.chunks if batch is not None else frozenset()
         rest = [chunk for i, chunk in enumerate(step.chunks) if i not in chosen]
         work: list[Callable[[int, Tensor, Tensor, Tensor, Tensor], None]] = []
         if batch is not None:
-            work.append(self._gathered(pieces(batch.pieces), batch))
+            work.append(self._gathered(Pieces.of(batch.pieces), batch))
         if step.choose_view is not None and rest:
             for number, chunk in enumerate(step.chunks):
                 lists = self._one_view(step, chunk, number, step.choose_view)
-                work.append(self._gathered(pieces([_span(chunk)]), lists))
+                work.append(self._gathered(Pieces.of([_span(chunk)]), lists))
             return work
         fresh = [chunk for chunk in rest if chunk.position == 0]
         if fresh:
@@ -201,7 +116,7 @@ class CudaBackend(AttentionBackend):
         later = [chunk for chunk in rest if chunk.position != 0]
         if later and step.prefill is not None:
             lists = self._whole_past(step.prefill, later)
-            work.append(self._gathered(pieces([_span(c) for c in later]), lists))
+            work.append(self._gathered(Pieces.of([_span(c) for c in later]), lists))
         return work
 
     def _straight(
@@ -225,16 +140,10 @@ class CudaBackend(AttentionBackend):
     def _gathered(
         self, pieces: Pieces, lists: Lists
     ) -> Callable[[int, Tensor, Tensor, Tensor, Tensor], None]:
-        heads = self.shape.num_kv_heads
-        q_lengths = pieces.lengths.repeat(heads)
-
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
             views = lists(layer, q)
             keys, values = gather_views(self.kv, views.slots)
-            rows = pieces.pack(q, heads)
-            kv_lengths = views.lengths.reshape(-1)
-            result = self._prefill(rows, keys[:, None], values[:, None], q_lengths, kv_lengths)
-            pieces.unpack(result, out, heads)
+            self._prefill.attend_pieces(q, keys, values, pieces, views.lengths, out)
 
         return attend
 

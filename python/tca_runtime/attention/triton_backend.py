@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from tca_runtime.attention.base import AttentionShape
-from tca_runtime.attention.cuda_backend import CudaBackend, Lengths
+from tca_runtime.attention.cuda_backend import CudaBackend
+from tca_runtime.attention.pieces import Lengths, RaggedPrefill
 
 
-class SdpaPrefill:
+class SdpaPrefill(RaggedPrefill):
     """Ragged causal attention, one sequence after the other."""
 
     def __init__(self, scale: float) -> None:

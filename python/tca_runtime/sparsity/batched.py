@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tca_kernels.dispatch import upload
-from tca_kernels.gather import ViewSlots, view_slots
-from tca_kernels.score import probe_scores
-from tca_kernels.select import block_scores, select
+from tca_kernels.gather import ViewSlots, ViewTables, view_slots_by_tables
+from tca_kernels.score import ScoreTables, probe_scores_by_tables
+from tca_kernels.select import SelectTables, block_scores, select_by_tables
 from tca_runtime.attention.base import AttentionShape, LayerAttention, PieceLists
 from tca_runtime.cache.runs import even_cuts, joined
 from tca_runtime.cache.slot_pool import SlotPool
@@ -51,9 +51,10 @@ class Piece:
 
 
 class SelectionGroup:
-    """Chunks that are scored and ranked alike: tables that all layers share.
+    """Chunks that are scored and ranked alike.
 
-    Their lists lie in one arena, so that every kernel runs once for all of them.
+    Their lists lie in one arena, so that every kernel runs once for all of them. The kernels'
+    tables of all layers go to the device beforehand, so that a layer's choice uploads nothing.
     """
 
     def __init__(
@@ -80,45 +81,55 @@ class SelectionGroup:
             (offset + np.arange(shape.rows) * work.lists.end).reshape(shape.num_layers, -1)
             for offset, work in zip(sizes.cumsum() - sizes, works, strict=True)
         ]
-        self._start = _piece_starts(row_starts, self.pieces, device)
+        # Views need it contiguous, and would copy it in every layer.
+        self._start = _piece_starts(row_starts, self.pieces, device).flatten(1).contiguous()
         self._scored_start = _piece_starts(row_starts, scored, device)
-        self._counts = self._by_head([p.num_candidates for p in self.pieces])
-        self._blocks = self._counts.flatten() // ranking.block
-        self._lengths = self._by_head([p.end for p in self.pieces])
-        self._score_counts = self._by_head([p.num_candidates for p in scored])
-        self._score_lengths = self._by_head([p.end for p in scored])
+        self._score_tables = ScoreTables.build(
+            self._by_head([p.end for p in scored]),
+            self._by_head([p.num_candidates for p in scored]),
+            device,
+        )
         ends = torch.tensor([p.token_end for p in scored], dtype=torch.int64)
         self._probe_index = upload(ends[:, None] + torch.arange(-ranking.probes, 0), device)
         per_piece = [
             works[p.chunk].request.settings.prefill.level_counts(p.num_candidates // ranking.block)
             for p in self.pieces
         ]
-        self._levels = torch.from_numpy(np.stack(per_piece, axis=1))
+        counts = self._by_head([p.num_candidates for p in self.pieces]).flatten()
+        self._select_tables = SelectTables.build(
+            counts // ranking.block,
+            torch.from_numpy(np.stack(per_piece, axis=1)).flatten(1, 2),
+            ranking.levels,
+            device,
+        )
+        self._view_tables = ViewTables.build(
+            counts,
+            self._by_head([p.end for p in self.pieces]),
+            torch.stack([tables.indptr for tables in self._select_tables]),
+            device,
+        )
 
     def choose(self, layer: int, q: Tensor) -> tuple[ViewSlots, NDArray[np.int64]]:
         """The pieces' lists in one layer, own tokens included, and their lengths."""
         scores = self._score(layer, q)
-        chosen = select(
+        chosen = select_by_tables(
             scores,
             block_scores(scores, self._ranking.block, self._ranking.score),
-            self._blocks,
-            self._levels[layer].flatten(0, 1),
-            self._ranking.levels,
+            self._select_tables[layer],
             descending=self._ranking.descending,
         )
-        start = self._start[layer]
-        views = view_slots(self._arena, start, self._counts, self._lengths, chosen)
+        tables = self._view_tables[layer]
+        views = view_slots_by_tables(self._arena, self._start[layer], chosen, tables)
         return views, views.indptr.diff().view(len(self.pieces), -1).numpy()
 
     def _score(self, layer: int, q: Tensor) -> Tensor:
         """Importances of the pieces' candidates."""
-        return probe_scores(
+        return probe_scores_by_tables(
             q[self._probe_index],
             self._pool.kv,
             self._arena,
             self._scored_start[layer],
-            self._score_lengths,
-            self._score_counts,
+            self._score_tables,
             self._shape.scale,
         )
 

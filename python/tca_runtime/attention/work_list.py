@@ -1,0 +1,73 @@
+"""FlashInfer's list of work for FA3, changed so that KV heads are sequences without copies.
+
+FlashInfer plans for sequences that lie end to end: every entry of its list is a tile of queries,
+with the row where its sequence begins, a query head and a row of keys. For KV heads as sequences
+it is asked to plan packed rows; the entries are then pointed at the tokens in their usual layout
+``[T, Hq, D]``, which costs nothing, where packing copies all queries and results.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+
+Table = NDArray[np.int32]
+
+
+def point_at_tokens(
+    wrapper: BatchPrefillWithRaggedKVCacheWrapper,
+    starts: NDArray[np.int64],
+    heads: int,
+    group: int,
+    rows: int,
+) -> bool:
+    """Change the plan that was just made for rows ordered by piece, KV head and token.
+
+    Parameters
+    ----------
+    starts : where each piece's tokens begin
+    heads, group : KV heads, each of them a sequence of every piece, and the query heads of one
+    rows : tokens of the queries that the plan will run with
+
+    Returns
+    -------
+    False if the plan is not one of entries per head: FA2's, or of very many rows.
+    """
+    # tile, first row of queries and of keys, lengths of both, head, begin of a CTA's work, sequence
+    offsets = list(wrapper._plan_info)
+    if wrapper._backend != "fa3" or len(offsets) != 9 or offsets[-1]:
+        return False
+    pinned = wrapper._pin_memory_int_workspace_buffer
+    tables: Table = pinned.numpy().view(np.int32)
+
+    def table(which: int, size: int) -> Table:
+        begin = offsets[which] // tables.itemsize
+        return tables[begin : begin + size]
+
+    device = wrapper.device
+    num_ctas = torch.cuda.get_device_properties(device).multi_processor_count
+    size = int(table(6, num_ctas + 1)[-1])
+    piece, head = np.divmod(table(7, size), heads)
+    table(1, size)[:] = starts[piece]
+    table(2, size)[:] -= head
+    table(5, size)[:] += head * group
+    used = offsets[7] + size * tables.itemsize
+    wrapper._int_workspace_buffer[:used].copy_(pinned[:used], non_blocking=True)
+    wrapper._qo_indptr_last = rows
+    return True
+
+
+def by_head(rows: Tensor, heads: int) -> Tensor:
+    """Keys or values ``[N, D]`` as ``[N - Hkv + 1, Hkv, D]``, a head one row behind the other.
+
+    So all heads reach all rows; the list's first rows are lower by the head's number.
+    """
+    width = rows.shape[1]
+    return rows.as_strided((len(rows) - heads + 1, heads, width), (width, width, 1))

@@ -19,12 +19,10 @@ if TYPE_CHECKING:
     from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 
 Table = NDArray[np.int32]
-# A plan's tables, by their place in its list of offsets: those with a value per entry, and where
-# the entries of each CTA begin.
-PER_ENTRY, CTA_BEGIN = (0, 1, 2, 3, 4, 5, 7), 6
-# Of an entry's values: its tile, where queries and keys begin, how many they are, query head, and
-# the number of its sequence.
-_, QUERY_ROW, KEY_ROW, _, NUM_KEYS, HEAD, SEQUENCE = range(len(PER_ENTRY))
+# A plan's tables by their place in its list of offsets. Those with a value per entry: its tile,
+# where its queries and keys begin, how many they are, its query head, and its sequence's number;
+# the other one: where the entries of each CTA begin.
+_, QUERY_ROW, KEY_ROW, _, _, HEAD, CTA_BEGIN, SEQUENCE = range(8)
 
 
 def point_at_tokens(
@@ -58,30 +56,15 @@ def point_at_tokens(
 
     device = wrapper.device
     num_ctas = torch.cuda.get_device_properties(device).multi_processor_count
-    begins = table(CTA_BEGIN, num_ctas + 1)
-    size = int(begins[-1])
-    work = np.stack([table(which, size) for which in PER_ENTRY])
-    work = work[:, _heads_together(work, begins)]
-    piece, head = np.divmod(work[SEQUENCE], heads)
-    work[QUERY_ROW] = starts[piece]
-    work[KEY_ROW] -= head
-    work[HEAD] += head * group
-    for which, values in zip(PER_ENTRY, work, strict=True):
-        table(which, size)[:] = values
-    used = offsets[7] + size * tables.itemsize
+    size = int(table(CTA_BEGIN, num_ctas + 1)[-1])
+    piece, head = np.divmod(table(SEQUENCE, size), heads)
+    table(QUERY_ROW, size)[:] = starts[piece]
+    table(KEY_ROW, size)[:] -= head
+    table(HEAD, size)[:] += head * group
+    used = offsets[SEQUENCE] + size * tables.itemsize
     wrapper._int_workspace_buffer[:used].copy_(pinned[:used], non_blocking=True)
     wrapper._qo_indptr_last = rows
     return True
-
-
-def _heads_together(work: Table, begins: Table) -> NDArray[np.int64]:
-    """An order in which each CTA goes through its entries sequence by sequence, longest first.
-
-    FlashInfer goes through all sequences once per query head. In this order the CTAs read the same
-    keys at about the same time whatever their query head, so most of them come from the L2 cache.
-    """
-    cta = np.repeat(np.arange(len(begins) - 1), np.diff(begins))
-    return np.lexsort((work[SEQUENCE], -work[NUM_KEYS], cta))
 
 
 def by_head(rows: Tensor, heads: int) -> Tensor:

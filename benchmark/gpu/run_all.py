@@ -20,6 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+PARTS = ("engine", "kernels", "overlap", "throughput", "interference")
 KEPT = ("uniform:0.39", "uniform:0.15,0.39")
 
 
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument(
         "--no-peer", action="store_true", help="without transformers, which takes minutes a model"
     )
+    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--gpus", type=int, default=1, help="cards to use, the first ones")
     parser.add_argument("--output-dir", type=Path, default=Path("benchmark/results"))
     args = parser.parse_args()
@@ -55,7 +57,11 @@ def main() -> int:
         return done.returncode == 0
 
     left_out = ["--skip", "transformers"] if args.no_peer else []
-    todo = list(parts(args.throughput, left_out, args.output_dir))
+    todo = [
+        part
+        for part in parts(args.throughput, left_out, args.output_dir)
+        if any(name in part[0] for name in args.only)
+    ]
     with ThreadPoolExecutor(cards.qsize()) as pool:
         results = list(pool.map(succeeds, todo))
     failed = [part[0] for part, fine in zip(todo, results, strict=True) if not fine]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 from bench_run import BenchRun
@@ -38,18 +39,20 @@ def linear_flops(engine: Engine, tokens: int) -> float:
 
 
 def views_of(engine: Engine, mode: str) -> SparsitySettings | None:
-    """Of a mode's number, the percentage of a prefill view; None for full attention."""
+    """What a mode says before the slash, see ``timed_prefill``; None for full attention."""
     if mode.startswith("fa"):
         return None
-    kept = int(mode.partition("/")[0]) / 100
-    return settings(budgets(engine, kept, True), budgets(engine, 0.39, True))
+    kept, _, probes = mode.partition("/")[0].partition("@")
+    chosen = settings(budgets(engine, int(kept) / 100, True), budgets(engine, 0.39, True))
+    return replace(chosen, prefill_probes=int(probes)) if probes else chosen
 
 
 def timed_prefill(run: BenchRun, engine: Engine, context: int, mode: str) -> float:
     """One cold prompt.
 
-    ``mode``: fa2, fa3, or the kept percentage of prefill views; behind a slash the tokens of a
-    chunk, where they are not 8192. The server's chunks have one selection each.
+    ``mode``: fa2, fa3, or the kept percentage of prefill views, behind an @ the queries that choose
+    them; behind a slash the tokens of a chunk, where they are not 8192. The server's chunks have
+    one selection each.
     """
     wanted, chunk = views_of(engine, mode), mode.partition("/")[2]
     backend = engine.backend
@@ -80,8 +83,8 @@ def prefills(run: BenchRun, engine: Engine) -> None:
     chunks = ("10/4096", "39/4096", "10/16384", "39/16384", "fa3/16384")
     plan = {32768: usual, 65536: usual, 131072: (*usual, *chunks), 262144: few}
     # The targets' context: in turn, because the card's clock follows its temperature.
-    again = ("fa3", "10", "39") * 2
-    plan[131072] += again
+    again = ("fa3", "10", "39", "10@16", "39@16")
+    plan[131072] += 2 * again
     if run.tiny:
         plan = {2048: few}
     warm = 1024 if run.tiny else 20480

@@ -83,7 +83,8 @@ def _is_served(c: Configuration) -> bool:
 
 def _is_tca(c: Configuration) -> bool:
     """All but the ratios as served."""
-    plain = not c.options and not _is_auto(c) and (c.probes, c.window, c.block) == (32, 128, 64)
+    sizes = (c.probes, c.prefill_probes, c.window, c.block)
+    plain = not c.options and not _is_auto(c) and sizes == (32, None, 128, 64)
     return c.policy == "tca" and plain and _is_current(c)
 
 

@@ -142,8 +142,9 @@ class StepSelection:
             return None
         settings = work.request.settings
         rows = self._rows(layer)
+        num_probes = settings.num_prefill_probes if work.decode is None else settings.probes
+        scores = self._score(work, rows, q[-num_probes:])
         if work.decode is not None:
-            scores = self._score(work, rows, q[-settings.probes :])
             index = scores.index(work.decode, rows)
             candidates = self._candidates(scores, index, settings.block)
             best = self._pool.importance[candidates.slots]
@@ -152,7 +153,8 @@ class StepSelection:
             work.scored.append((candidates, index))
         if work.prefill is None:
             return None
-        scores = self._score(work, rows, q[-settings.num_prefill_probes :])
+        if num_probes != settings.num_prefill_probes:
+            scores = self._score(work, rows, q[-settings.num_prefill_probes :])
         index = scores.index(work.prefill, rows)
         candidates = self._candidates(scores, index, settings.block)
         return select(

@@ -119,8 +119,8 @@ class SparsitySettings:
     window : latest tokens that are never candidates; the window's start is aligned down to a
         block, so candidates are whole blocks
     probes : latest queries that score (1 is the paper)
-    prefill_probes : those at most that score for a prefill view; fewer do there, because what a
-        view lacks the last queries of a prompt still see (docs/quality.md)
+    prefill_probes : those at most that score for a prefill view; fewer cost less time and some
+        accuracy (docs/quality.md)
     min_candidates : below this many droppable tokens everything is kept
     granularity : a chunk is split so that this many queries at most share a selection; longer runs
         drop less, because a run sees all of itself, and cost fewer selections (docs/quality.md)
@@ -139,7 +139,7 @@ class SparsitySettings:
     decode: BudgetTable
     window: int = DEFAULT_WINDOW
     probes: int = 32
-    prefill_probes: int = 16
+    prefill_probes: int = 32
     min_candidates: int = 512
     granularity: int = 4096
     first_refresh: int = 16

@@ -6,7 +6,7 @@ import functools
 import importlib
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class ScoreTables:
     most_scores: int
     num_scores: int
     table: Tensor
+    _shortened: dict[int, ScoreTables] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def build(lengths: Tensor, counts: Tensor, device: torch.device) -> ScoreTables:
@@ -80,8 +81,14 @@ class ScoreTables:
         return ScoreTables._of(lengths, counts, device)
 
     def shortened(self, tokens: int) -> ScoreTables:
-        """Of lists that end ``tokens`` earlier; an entry beyond its list scores nothing."""
-        return ScoreTables._of(self.lengths - tokens, self.counts, self.table.device)
+        """Of lists that end ``tokens`` earlier; an entry beyond its list scores nothing.
+
+        Made once: every layer of a chunk asks for the same.
+        """
+        if tokens not in self._shortened:
+            shorter = ScoreTables._of(self.lengths - tokens, self.counts, self.table.device)
+            self._shortened[tokens] = shorter
+        return self._shortened[tokens]
 
     @staticmethod
     def _of(lengths: Tensor, counts: Tensor, device: torch.device) -> ScoreTables:
@@ -204,7 +211,7 @@ def probe_scores_by_tables(
 ) -> Tensor:
     """``probe_scores`` with its tables on the device already.
 
-    Uploads others nevertheless if the probes are more than one matrix product takes.
+    Uploads others the first time if the probes are more than one matrix product takes.
 
     Raises
     ------

@@ -82,6 +82,15 @@ def test_other_plans_are_left_alone(backend: str, one_schedule: int) -> None:
     assert not wrapper._int_workspace_buffer.any()
 
 
+def test_a_list_of_another_form_is_left_alone() -> None:
+    wrapper = planned()
+    pinned = wrapper._pin_memory_int_workspace_buffer.clone()
+    assert not work_list.point_at_tokens(wrapper, STARTS, HEADS + 1, GROUP, 120)
+    assert not work_list.point_at_tokens(wrapper, STARTS, HEADS, GROUP + 1, 120)
+    assert torch.equal(wrapper._pin_memory_int_workspace_buffer, pinned)
+    assert not wrapper._int_workspace_buffer.any()
+
+
 def test_all_heads_see_all_rows_one_behind_the_other() -> None:
     rows = torch.randn(20, 16)
     seen = work_list.by_head(rows, HEADS)

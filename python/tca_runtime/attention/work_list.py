@@ -42,7 +42,7 @@ def point_at_tokens(
 
     Returns
     -------
-    False if the plan is not one of entries per head: FA2's, or of very many rows.
+    False, with nothing changed, if the plan is not such a list: FA2's, or one of very many rows.
     """
     offsets = list(wrapper._plan_info)
     if wrapper._backend != "fa3" or len(offsets) != 9 or offsets[-1]:
@@ -57,10 +57,14 @@ def point_at_tokens(
     device = wrapper.device
     num_ctas = torch.cuda.get_device_properties(device).multi_processor_count
     size = int(table(CTA_BEGIN, num_ctas + 1)[-1])
-    piece, head = np.divmod(table(SEQUENCE, size), heads)
+    sequence, query_head = table(SEQUENCE, size), table(HEAD, size)
+    if not size or sequence.max() != len(starts) * heads - 1 or query_head.max() != group - 1:
+        # Another version's list, which must not be changed.
+        return False
+    piece, head = np.divmod(sequence, heads)
     table(QUERY_ROW, size)[:] = starts[piece]
     table(KEY_ROW, size)[:] -= head
-    table(HEAD, size)[:] += head * group
+    query_head += head * group
     used = offsets[SEQUENCE] + size * tables.itemsize
     wrapper._int_workspace_buffer[:used].copy_(pinned[:used], non_blocking=True)
     wrapper._qo_indptr_last = rows

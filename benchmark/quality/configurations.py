@@ -149,7 +149,7 @@ class Configuration:
             tables[1],
             self.window,
             self.probes,
-            self.prefill_probes or self.probes,
+            self.prefill_probes,
             self.min_candidates,
             self.granularity,
             self.first_refresh or self.refresh,

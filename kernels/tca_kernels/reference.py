@@ -178,16 +178,38 @@ def append_slots(arena: Tensor, start: Tensor, length: Tensor, new_slots: Tensor
 
 def keep_top_p(scores: Tensor, p: Tensor) -> None:
     """See :func:`tca_kernels.sample.keep_top_p`."""
+    width = scores.shape[1]
+    scores.masked_fill_(scores < top_p_cutoff(largest(scores, width), width, p), -torch.inf)
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """The ``count`` largest scores of each row of ``[N, V]``, best first."""
     if scores.device.type == "cpu":
-        # NumPy's vectorised sort of a whole vocabulary takes a fraction of torch's.
-        best = torch.from_numpy(np.sort(scores.numpy(), axis=-1)).flip(-1)
-    else:
-        best = scores.sort(-1, descending=True).values
-    probs = best.softmax(-1)
-    num_kept = (probs.cumsum(-1) - probs < p).sum(-1, keepdim=True)
+        # NumPy's vectorised sort of a whole vocabulary beats even torch's topk of a few tokens.
+        ascending = torch.from_numpy(np.sort(scores.numpy(), axis=-1))
+        return ascending[:, -count:].flip(-1)
+    return scores.topk(count).values
+
+
+def top_p_cutoff(best: Tensor, k: Tensor | int, p: Tensor) -> Tensor:
+    """The least score of the smallest set of best ones that holds ``p`` of what top-k leaves.
+
+    Parameters
+    ----------
+    best : float32 ``[N, n]``, each row's largest scores, best first
+    k : int64 ``[N, 1]``, or of all rows, at most n
+    p : float32 ``[N, 1]``; above 1 keeps everything that top-k keeps
+
+    Returns
+    -------
+    float32 ``[N, 1]``
+    """
+    inside = torch.arange(best.shape[1], device=best.device) < k
+    probs = torch.where(inside, best, -torch.inf).softmax(-1)
+    better = probs.cumsum(-1) - probs
+    num_kept = ((better < p) & inside).sum(-1, keepdim=True)
     # Rows of NaN keep nothing, and an index of -1 would be an error of the whole batch.
-    cutoff = best.gather(1, (num_kept - 1).clamp_(min=0))
-    scores.masked_fill_(scores < cutoff, -torch.inf)
+    return best.gather(1, (num_kept - 1).clamp_(min=0))
 
 
 def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:

@@ -136,7 +136,9 @@ class SparsityArgs:
         choices=("per-chunk", "one-shot"),
     )
     tca_probes: int | None = _option(None, "latest queries that score (1 is the paper)")
-    tca_prefill_probes: int = _option(32, "those at most that score while a prompt is computed")
+    tca_prefill_probes: int | None = _option(
+        None, "those of them that score while a prompt is computed; all if not given"
+    )
     tca_window: int | None = _option(None, "latest tokens that are never dropped")
     tca_min_candidates: int = _option(512, "below this many droppable tokens all are kept")
     tca_first_refresh: int = _option(

@@ -102,3 +102,28 @@ def test_what_is_chosen_names_the_cache() -> None:
 def test_a_confidence_is_a_probability(value: float) -> None:
     with pytest.raises(ConfigurationError, match=r"^--tca-min-confidence must be in \[0, 1\]"):
         load_settings(SparsityArgs(tca_min_confidence=value), MODEL, "m")
+
+
+@pytest.mark.parametrize("name", ["tca_probes", "tca_prefill_probes"])
+def test_somebody_must_score(name: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ConfigurationError, match=f"^{flag} must be at least 1, got 0"):
+        load_settings(SparsityArgs(tca_config="uniform:0.3", **{name: 0}), MODEL, "m")
+
+
+@pytest.mark.parametrize(
+    ("flags", "probes", "in_prefill"),
+    [
+        ([], 32, 32),
+        (["--tca-probes", "64"], 64, 64),
+        (["--tca-prefill-probes", "16"], 32, 16),
+        (["--tca-probes", "8", "--tca-prefill-probes", "16"], 8, 8),
+    ],
+)
+def test_prefill_views_take_all_probes_unless_told_otherwise(
+    flags: list[str], probes: int, in_prefill: int
+) -> None:
+    args = parse_args(["--tca-config", "uniform:0.3", *flags]).sparsity
+    settings = load_settings(args, MODEL, "m")
+    assert settings is not None
+    assert (settings.probes, settings.num_prefill_probes) == (probes, in_prefill)

@@ -123,7 +123,7 @@ class CudaBackend(AttentionBackend):
         self, spans: Sequence[tuple[int, int]]
     ) -> Callable[[int, Tensor, Tensor, Tensor, Tensor], None]:
         """Prompts without a past need no lists: their keys and values are at hand."""
-        lengths = _sizes(spans)
+        lengths = Pieces.of(spans).lengths
         begin = spans[0][0]
         adjacent = begin + int(lengths.sum()) == sum(spans[-1])
         index: slice | Tensor = slice(begin, sum(spans[-1]))
@@ -175,10 +175,6 @@ class CudaBackend(AttentionBackend):
             return PieceLists(torch.cat(parts), (view.lengths + chunk.num_tokens)[None])
 
         return lists
-
-
-def _sizes(spans: Sequence[tuple[int, int]]) -> Lengths:
-    return np.array([n for _, n in spans], dtype=np.int64)
 
 
 def _span(chunk: PrefillChunk) -> tuple[int, int]:

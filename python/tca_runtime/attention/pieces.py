@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -31,6 +31,7 @@ class Pieces:
 
     spans: Sequence[tuple[int, int]]
     size: int
+    _uploaded: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(spans: Sequence[tuple[int, int]]) -> Pieces:
@@ -69,17 +70,13 @@ class Pieces:
         copy_rows(source.transpose(1, 2), self._blocks(out, num_kv_heads))
 
     def _rows(self, num_kv_heads: int, device: torch.device) -> Tensor:
-        """int64: the places of the packed rows in ``[T * Hkv, group * D]``."""
+        """int64: the places of the packed rows in ``[T * Hkv, group * D]``; all layers share it."""
         if num_kv_heads not in self._uploaded:
             heads = np.arange(num_kv_heads)[:, None]
             rows = [(np.arange(s, s + n) * num_kv_heads + heads).ravel() for s, n in self.spans]
             table = torch.from_numpy(np.concatenate(rows))
             self._uploaded[num_kv_heads] = dispatch.upload(table, device)
         return self._uploaded[num_kv_heads]
-
-    @cached_property
-    def _uploaded(self) -> dict[int, Tensor]:
-        return {}
 
     def _blocks(self, heads: Tensor, num_kv_heads: int) -> Tensor:
         """The pieces' part of ``[T, Hq, D]`` as ``[pieces, size, Hkv, group * D]``."""

@@ -9,9 +9,10 @@ leaves ties never decides a draw.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from tca_kernels.reference import largest, top_p_cutoff
 
 # Not 1, which a sum of rounded probabilities may reach early.
 TOP_P_OFF = 2.0
@@ -27,25 +28,10 @@ def keep_top_k_top_p(logits: Tensor, k: Tensor, p: Tensor, k_max: int) -> None:
     p : float32 ``[N, 1]``; `TOP_P_OFF` keeps everything that top-k keeps
     k_max : at most V
     """
-    best = _best(logits, k_max)
-    inside = torch.arange(k_max, device=logits.device) < k
-    probs = torch.where(inside, best, -torch.inf).softmax(-1)
-    better = probs.cumsum(-1) - probs
-    num_kept = ((better < p) & inside).sum(-1, keepdim=True)
-    # Rows of NaN keep nothing, and an index of -1 would be an error of the whole batch.
-    cutoff = best.gather(1, (num_kept - 1).clamp_(min=0))
+    cutoff = top_p_cutoff(largest(logits, k_max), k, p)
     logits.masked_fill_(logits < cutoff, -torch.inf)
 
 
 def keep_min_p(logits: Tensor, p: Tensor) -> None:
     """Keep tokens at least ``p`` times as likely as the best one; ``p``: float32 ``[N, 1]``."""
     logits.masked_fill_(logits < logits.amax(-1, keepdim=True) + p.log(), -torch.inf)
-
-
-def _best(logits: Tensor, count: int) -> Tensor:
-    """The ``count`` largest logits of each row, best first."""
-    if logits.device.type == "cpu":
-        # NumPy's vectorised sort of a whole vocabulary beats even torch's topk of a few tokens.
-        ascending = torch.from_numpy(np.sort(logits.numpy(), axis=-1))
-        return ascending[:, -count:].flip(-1)
-    return logits.topk(count).values

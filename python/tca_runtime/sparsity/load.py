@@ -31,12 +31,18 @@ def load_settings(
     ------
     ConfigurationError
         For a file or a ratio that does not fit the model, an unknown threshold, policy or
-        option of a policy, or a confidence that is no probability.
+        option of a policy, a confidence that is no probability, or no probes.
     """
     if not 0.0 <= args.tca_min_confidence <= 1.0:
         raise ConfigurationError(
             f"--tca-min-confidence must be in [0, 1], got {args.tca_min_confidence:g}"
         )
+    for flag, count in (
+        ("--tca-probes", args.tca_probes),
+        ("--tca-prefill-probes", args.tca_prefill_probes),
+    ):
+        if count is not None and count < 1:
+            raise ConfigurationError(f"{flag} must be at least 1, got {count}")
     if args.disable_tca:
         return None
     policy = _policy(args.tca_policy)

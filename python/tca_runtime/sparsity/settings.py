@@ -119,8 +119,8 @@ class SparsitySettings:
     window : latest tokens that are never candidates; the window's start is aligned down to a
         block, so candidates are whole blocks
     probes : latest queries that score (1 is the paper)
-    prefill_probes : those at most that score for a prefill view; fewer cost less time and some
-        accuracy (docs/quality.md)
+    prefill_probes : those that score for a prefill view, None for all; fewer cost less time and
+        some accuracy (docs/quality.md)
     min_candidates : below this many droppable tokens everything is kept
     granularity : a chunk is split so that this many queries at most share a selection; longer runs
         drop less, because a run sees all of itself, and cost fewer selections (docs/quality.md)
@@ -139,7 +139,7 @@ class SparsitySettings:
     decode: BudgetTable
     window: int = DEFAULT_WINDOW
     probes: int = 32
-    prefill_probes: int = 32
+    prefill_probes: int | None = None
     min_candidates: int = 512
     granularity: int = 4096
     first_refresh: int = 16
@@ -168,7 +168,7 @@ class SparsitySettings:
     @property
     def num_prefill_probes(self) -> int:
         """Queries that score for a prefill view."""
-        return min(self.prefill_probes, self.probes)
+        return self.probes if self.prefill_probes is None else min(self.prefill_probes, self.probes)
 
     @property
     def num_refresh_probes(self) -> int:
